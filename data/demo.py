@@ -1,0 +1,120 @@
+"""A small data set in the published layout, made of the photographs that come with scikit-image."""
+
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
+from data.synthesis import Blend, synthesize
+from util.errors import UserError
+from util.images import read_rgb, write_image
+
+# No photograph serves both. Those in colour only: the others teach a network that the world is grey.
+TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
+TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png")
+
+_SEED = 2018
+_PHOTOGRAPH_SIZE = (224, 224)  # width, height
+_PAIR_SIZE = (192, 160)
+_TEST_SIZE = (180, 150)  # no multiples of 16, so that padding is exercised
+_PHOTOGRAPHS, _PAIRS, _TESTS = 40, 10, 6  # images of each set
+
+_README = f"""Demo data, made from the photographs that come with scikit-image. Version 1.
+
+Every mixture here is synthetic, those under train/real and train/nature included, which only stand in for
+photographs through real glass: numbers measured on this set show that a program works, not how well a
+model does.
+
+train: crops of {", ".join(TRAIN_PHOTOGRAPHS)}
+test:  crops of {", ".join(TEST_PHOTOGRAPHS)}; demo_screen by screen blending, demo_clip by a clipped sum
+
+Their sources and licences (public domain or CC0) are listed in the README of scikit-image's data folder.
+"""
+
+
+def build_demo(folder: Path) -> None:
+    """Make the demo set, unless it is there: some megabytes, the same every time.
+
+    It appears under its name only when finished. Several processes may do so at once.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written, or scikit-image lacks its photographs.
+    """
+    if _is_complete(folder):
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not a demo set of this version; remove it, and it will be made anew")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            finished = Path(scratch) / "finished"
+            _write(finished)
+            try:
+                finished.rename(folder)
+            except OSError:
+                if not _is_complete(folder):  # otherwise another process was faster
+                    raise
+    except OSError as error:
+        raise UserError(f"{folder}: the demo set cannot be written: {error}") from error
+
+
+def _is_complete(folder: Path) -> bool:
+    readme = folder / "README.txt"
+    return readme.is_file() and readme.read_text(encoding="utf-8") == _README
+
+
+def _write(folder: Path) -> None:
+    """Everything, the README last."""
+    rng = np.random.Generator(np.random.PCG64(_SEED))
+    train, test = _load(TRAIN_PHOTOGRAPHS), _load(TEST_PHOTOGRAPHS)
+    (folder / PHOTOGRAPHS).mkdir(parents=True)
+    for i in range(_PHOTOGRAPHS):
+        write_image(folder / PHOTOGRAPHS / f"{i:02}.png", _crop(train[i % len(train)], _PHOTOGRAPH_SIZE, rng))
+    for place in PAIR_SETS.values():
+        _write_set(folder / place, train, _PAIR_SIZE, _PAIRS, rng)
+    for name, screen in (("demo_screen", True), ("demo_clip", False)):
+        _write_set(folder / "test" / name, test, _TEST_SIZE, _TESTS, rng, screen)
+    (folder / "README.txt").write_text(_README, encoding="utf-8")
+
+
+def _write_set(
+    folder: Path,
+    photographs: list[Image.Image],
+    size: tuple[int, int],
+    count: int,
+    rng: np.random.Generator,
+    screen: bool | None = None,
+) -> None:
+    """Synthetic triples, each of two photographs; all mixed one way where `screen` says which."""
+    for layer in LAYERS:
+        (folder / layer).mkdir(parents=True)
+    for i in range(count):
+        t, r = (_crop(photographs[(i + other) % len(photographs)], size, rng) for other in (0, 1))
+        blend = Blend.draw(rng)
+        if screen is not None:
+            blend = replace(blend, screen=screen)
+        mixture, t, r = synthesize(t, r, blend)
+        for layer, image in zip(LAYERS, (mixture, t, r), strict=True):
+            write_image(folder / layer / f"{i:02}.png", image)
+
+
+def _crop(photograph: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A random part of a photograph, once to twice as large as `size` (width, height), scaled to it."""
+    most = min(2.0, photograph.width / size[0], photograph.height / size[1])
+    scale = rng.uniform(1, most)
+    width, height = (scale * side for side in size)
+    left, top = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - height)
+    box = (left, top, min(left + width, photograph.width), min(top + height, photograph.height))
+    return np.asarray(photograph.resize(size, Image.Resampling.BICUBIC, box=box), np.float32) / 255
+
+
+def _load(names: tuple[str, ...]) -> list[Image.Image]:
+    """Photographs out of scikit-image's installation, which has them on disk: nothing is downloaded."""
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise UserError("the demo set is made of photographs of scikit-image, which is not installed")
+    return [read_rgb(Path(spec.origin).parent / "data" / name) for name in names]

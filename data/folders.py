@@ -1,0 +1,256 @@
+"""The folder layout: which photographs, training pairs and test sets are there, and are they whole?"""
+
+import hashlib
+import os
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.errors import UserError
+from util.images import SUFFIXES, check_image
+
+PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
+PAIR_SETS = {"real": Path("train/real"), "nature": Path("train/nature")}
+SOURCES = ("synthetic", *PAIR_SETS)  # in the order of --mix
+PUBLISHED_TESTS = ("real20_420", "SolidObjectDataset", "PostcardDataset", "WildSceneDataset", "Nature")
+MIXTURE, TRANSMISSION, REFLECTION = LAYERS = ("blended", "transmission_layer", "reflection_layer")
+
+_LAYOUT = f"""Expected below it, any part of which may be missing:
+  {PHOTOGRAPHS}/  photographs
+  {PAIR_SETS["real"]}/{{blended,transmission_layer}}/  pairs of the same name
+  {PAIR_SETS["nature"]}/{{blended,transmission_layer}}/  pairs of the same name
+  test/ANY/NAME/{{blended,transmission_layer[,reflection_layer]}}/  pairs to test on"""
+_MOST_PROBLEMS = 50
+_CHECKERS = 8  # threads: checking mostly waits for the disk
+_PATIENCE = 2.0  # seconds before a progress bar is worth showing
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A mixture, its transmission and perhaps its reflection; `name` is the stem that the files share."""
+
+    name: str
+    mixture: Path
+    transmission: Path
+    reflection: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for file in (self.mixture, self.transmission, self.reflection) if file]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What there is to train and test on.
+
+    Attributes:
+        photographs: sources of synthetic pairs.
+        pairs: training pairs of `real` and `nature`, held-out ones left out.
+        validation: pairs held out of training.
+        tests: pairs of each test set.
+        mix: share of each source that is there and used, in the order of --mix; sums to 1.
+        missing: a line for each thing that is not there.
+    """
+
+    photographs: list[Path]
+    pairs: dict[str, list[Pair]]
+    validation: list[Pair]
+    tests: dict[str, list[Pair]]
+    mix: dict[str, float]
+    missing: list[str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Training samples that each source of the mix holds."""
+        held = _count(self.photographs, self.pairs)
+        return {source: held[source] for source in self.mix}
+
+    def describe(self) -> list[str]:
+        """Lines for the log: what is there, in which mix, and what is missing."""
+        lines = []
+        if self.mix:
+            parts = (f"{source} {size} ({self.mix[source]:.0%})" for source, size in self.sizes.items())
+            lines.append(f"training samples: {', '.join(parts)}; {len(self.validation)} pairs held out")
+        if self.tests:
+            lines.append(
+                "test images: " + ", ".join(f"{name} {len(pairs)}" for name, pairs in self.tests.items())
+            )
+        return lines + self.missing
+
+
+def discover(options: Namespace) -> Sets:
+    """Find, pair and check everything below --base_dir.
+
+    Args:
+        options: base_dir, max_dataset_size, demo and nEpochs are used; mix and val_split, too, if nEpochs is
+            above 0 (otherwise the training sets are not even looked for).
+
+    Returns:
+        The sets that are there.
+
+    Raises:
+        UserError: there is nothing to do what was asked for, or there are files that cannot be used (damaged
+            images, images without a partner, pairs of different size), all of which the one message lists.
+    """
+    base, limit = options.base_dir, options.max_dataset_size
+    problems: list[str] = []
+    photographs: list[Path] = []
+    pairs: dict[str, list[Pair]] = {}
+    training = options.nEpochs > 0
+    if training:
+        photographs = _images(base / PHOTOGRAPHS)[:limit]
+        pairs = {name: _pairs(base / folder, problems)[:limit] for name, folder in PAIR_SETS.items()}
+    tests = {name: _pairs(folder, problems)[:limit] for name, folder in _test_folders(base / "test").items()}
+    tests = {name: found for name, found in tests.items() if found}
+    _check(photographs, [*pairs.values(), *tests.values()], problems)
+    if problems:
+        more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        listed = "\n  ".join(problems[:_MOST_PROBLEMS] + more)
+        raise UserError(f"--base_dir {base}: {len(problems)} files cannot be used:\n  {listed}")
+
+    held = _count(photographs, pairs)
+    if not (any(held.values()) if training else tests):
+        wanted = "anything to train on" if training else "a test set"
+        raise UserError(f"--base_dir {base}: there isn't {wanted}. {_LAYOUT}")
+    mix, missing = _mix(held, options) if training else ({}, [])
+    missing += _missing_tests(tests, options.demo)
+    validation: list[Pair] = []
+    for name, found in pairs.items():
+        held_out = _held_out(found, options.val_split)
+        validation += [pair for pair in found if pair in held_out]
+        pairs[name] = [pair for pair in found if pair not in held_out]
+    return Sets(photographs, pairs, validation, tests, mix, missing)
+
+
+def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, int]:
+    """Samples of each source; a synthetic one takes two photographs."""
+    return {"synthetic": len(photographs) // 2, **{name: len(found) for name, found in pairs.items()}}
+
+
+def _images(folder: Path) -> list[Path]:
+    """Image files of a folder by name, none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    files = (
+        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
+    return sorted(files, key=lambda file: file.name)
+
+
+def _pairs(folder: Path, problems: list[str]) -> list[Pair]:
+    """The pairs of a set by name; what has no partner goes to `problems`."""
+    layers = {}
+    for layer in LAYERS:
+        files = _images(folder / layer)
+        layers[layer] = {file.stem: file for file in files}
+        for stem, count in Counter(file.stem for file in files).items():
+            if count > 1:
+                problems.append(f"{folder / layer / stem}: {count} files of that name")
+    # reflections are optional as a whole
+    layers = {layer: files for layer, files in layers.items() if files or layer != REFLECTION}
+    names = sorted(set().union(*layers.values()))
+    complete = []
+    for name in names:
+        files = {layer: found[name] for layer, found in layers.items() if name in found}
+        if len(files) == len(layers):
+            complete.append(Pair(name, files[MIXTURE], files[TRANSMISSION], files.get(REFLECTION)))
+        else:
+            lacking = " and ".join(str(folder / layer) for layer in layers if layer not in files)
+            problems.append(f"{next(iter(files.values()))}: no image of that name in {lacking}")
+    return complete
+
+
+def _test_folders(root: Path) -> dict[str, Path]:
+    """Every folder below `root` (links followed) that has images in layers, by its name, or by its path below
+    `root` where two share a name."""
+    found, seen = [], set()
+    for place, folders, _ in os.walk(root, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        if {MIXTURE, TRANSMISSION} & set(folders):
+            found.append(Path(place))
+        folders[:] = sorted(
+            folder for folder in folders if folder not in LAYERS and not folder.startswith(".")
+        )
+    counts = Counter(folder.name for folder in found)
+    return {
+        folder.name if counts[folder.name] == 1 else folder.relative_to(root).as_posix(): folder
+        for folder in found
+    }
+
+
+def _check(photographs: list[Path], sets: Iterable[list[Pair]], problems: list[str]) -> None:
+    """Look at every image; damaged ones and pairs of different size go to `problems`."""
+    pairs = [pair for found in sets for pair in found]
+    files = [*photographs, *(file for pair in pairs for file in pair.files)]
+    sizes = {}
+    with ThreadPoolExecutor(_CHECKERS) as pool:
+        outcomes = tqdm(pool.map(_size_or_problem, files), "checking images", len(files), leave=False,
+                        delay=_PATIENCE, disable=None)  # fmt: skip
+        for file, outcome in zip(files, outcomes, strict=True):
+            if isinstance(outcome, str):
+                problems.append(outcome)
+            else:
+                sizes[file] = outcome
+    for pair in pairs:
+        for file in pair.files[1:]:
+            if file in sizes and sizes.get(pair.mixture, sizes[file]) != sizes[file]:
+                (w, h), (expected_w, expected_h) = sizes[file], sizes[pair.mixture]
+                problems.append(f"{file}: {w}x{h} pixels, but {pair.mixture} has {expected_w}x{expected_h}")
+
+
+def _size_or_problem(file: Path) -> tuple[int, int] | str:
+    try:
+        return check_image(file)
+    except UserError as error:
+        return str(error)
+
+
+def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], list[str]]:
+    """--mix over the sources that are there, and a line about those that are not."""
+    wanted = dict(zip(SOURCES, options.mix, strict=True))
+    mix = {source: share for source, share in wanted.items() if share and held[source]}
+    if not mix:
+        there = ", ".join(source for source, count in held.items() if count)
+        raise UserError(f"--mix {' '.join(map(str, options.mix))}: nothing for what is there ({there})")
+    folders = {"synthetic": PHOTOGRAPHS, **PAIR_SETS}
+    absent = [
+        f"{source} ({folders[source]})" for source, share in wanted.items() if share and not held[source]
+    ]
+    total = sum(mix.values())
+    mix = {source: share / total for source, share in mix.items()}
+    shares = ", ".join(f"{source} {share:.0%}" for source, share in mix.items())
+    return mix, [f"not there to train on: {', '.join(absent)}; the mix becomes {shares}"] if absent else []
+
+
+def _missing_tests(tests: dict[str, list[Pair]], demo: bool) -> list[str]:
+    """A line about the published test sets that are not there."""
+    absent = [name for name in PUBLISHED_TESTS if name not in tests]
+    if demo or not absent:
+        return []
+    return [f"not there to test on: {', '.join(absent)}"]
+
+
+def _held_out(pairs: list[Pair], share: float) -> set[Pair]:
+    """The pairs to validate on: those whose name's hash falls below `share`, which no other file changes.
+
+    At least one of two or more, and never all.
+    """
+    if share == 0 or len(pairs) < 2:
+        return set()
+    ordered = sorted(pairs, key=_position)
+    count = sum(_position(pair) < share for pair in pairs)
+    return set(ordered[: min(max(count, 1), len(pairs) - 1)])
+
+
+def _position(pair: Pair) -> float:
+    """A name's place in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(pair.name.encode(), digest_size=4).digest(), "big") / 2**32

@@ -1,0 +1,113 @@
+"""The published datasets: synthetic and real pairs, mixed, to train; folders of pairs, to test."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from data.folders import Pair, Sets
+from data.synthesis import Blend, synthesize
+from data.transforms import Augmentation, augment, generator
+from util.images import read_image, read_rgb
+
+_SAMPLE, _PARTNERS = 1, 2  # purposes of random numbers
+_ALIGNMENT = 32  # the published protocol evaluates at multiples of this
+
+Sample = dict[str, torch.Tensor | str]
+
+
+class TrainSet(Dataset[Sample]):
+    """Crops of synthetic, real and nature pairs, mixed by chance.
+
+    A sample is a function of (seed, epoch, index) and the files alone. It is a dict of `input`, `target_t`
+    and `target_r`, float32 (3, crop_size, crop_size), and `name`, the files it comes from. Mixture and
+    transmission are in 0..1. The reflection of a synthetic sample is the blurred photograph, in 0..1; that of
+    a real pair is mixture minus transmission, in -1..1.
+
+    Args:
+        options: seed, crop_size and epoch_size are used.
+        sets: what there is to train on, and in which mix.
+    """
+
+    def __init__(self, options: Namespace, sets: Sets) -> None:
+        self.seed = options.seed
+        self.crop_size = options.crop_size
+        self.photographs = sets.photographs
+        self.pairs = sets.pairs
+        self.sources = list(sets.mix)
+        self.bounds = np.cumsum(list(sets.mix.values()))[:-1]
+        self.length = options.epoch_size or sum(sets.sizes.values())
+        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        rng = generator(self.seed, epoch, index, _SAMPLE)
+        source = self.sources[np.searchsorted(self.bounds, rng.random(), side="right")]
+        augmentation = Augmentation.draw(rng, self.crop_size)
+        if source == "synthetic":
+            files = self._partners(epoch, index)
+            t, r = (augment(read_rgb(file), augmentation) for file in files)
+            mixture, t, r = synthesize(t, r, Blend.draw(rng))
+            name = "+".join(file.stem for file in files)
+        else:
+            pair = self.pairs[source][index % len(self.pairs[source])]
+            mixture, t = (augment(read_rgb(file), augmentation) for file in (pair.mixture, pair.transmission))
+            r, name = mixture - t, pair.name
+        return _sample(mixture, t, r, f"{source}/{name}")
+
+    def _partners(self, epoch: int, index: int) -> list[Path]:
+        """The photographs of a synthetic sample: the epoch's shuffled list, halved, i-th of each half."""
+        if self._shuffled[0] != epoch:
+            rng = generator(self.seed, epoch, 0, _PARTNERS)
+            self._shuffled = epoch, rng.permutation(len(self.photographs))
+        half = len(self.photographs) // 2
+        place = index % half
+        return [self.photographs[self._shuffled[1][i]] for i in (place, place + half)]
+
+
+class TestSet(Dataset[Sample]):
+    """Whole images of a list of pairs.
+
+    A sample is a dict as of `TrainSet`, (3, H, W), at native size, or under `--if_align` (the published
+    protocol) resized to multiples of 32, rounded down. The reflection is the reflection layer where there is
+    one, else mixture minus transmission; `name` is the file's.
+
+    Args:
+        options: if_align is used.
+        pairs: the files.
+    """
+
+    __test__ = False  # not a class of tests, whatever pytest makes of the name
+
+    def __init__(self, options: Namespace, pairs: list[Pair]) -> None:
+        self.align = options.if_align
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        read = _read_aligned if self.align else read_image
+        mixture, t = read(pair.mixture), read(pair.transmission)
+        r = read(pair.reflection) if pair.reflection else mixture - t
+        return _sample(mixture, t, r, pair.name)
+
+
+def _read_aligned(path: Path) -> np.ndarray:
+    """Resized as published: 8 bits, bicubic, both sides rounded down to multiples of 32."""
+    image = read_rgb(path)
+    size = [max(_ALIGNMENT, side // _ALIGNMENT * _ALIGNMENT) for side in image.size]
+    return np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+
+
+def _sample(mixture: np.ndarray, t: np.ndarray, r: np.ndarray, name: str) -> Sample:
+    """(H, W, 3) arrays as contiguous (3, H, W) tensors under the names that the training step expects."""
+    tensors = (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in (mixture, t, r))
+    return {**dict(zip(("input", "target_t", "target_r"), tensors, strict=True)), "name": name}

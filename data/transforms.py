@@ -1,0 +1,79 @@
+"""Where a sample's randomness comes from, and what happens alike to both of its images."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+
+def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
+    """The random numbers of one sample, or of one epoch (index 0), for one purpose.
+
+    Nothing else goes into them, so that they are the same for any number of workers and ranks, and after a
+    resume. Always four numbers, as NumPy pads seeds with zeros: (seed, epoch) would be (seed, epoch, 0).
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((purpose, seed, epoch, index))))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One draw of the paired augmentation of ERRNet and DSRNet, which scale to once to twice the crop.
+
+    Attributes:
+        crop_size: side of the result, in pixels.
+        short_side: what the image's short side is scaled to, even, in pixels.
+        across, down: where the crop lies, as a fraction in [0, 1) of the room there is.
+        flip: mirror left and right.
+        turns: quarter turns counterclockwise, after the flip.
+    """
+
+    crop_size: int
+    short_side: int
+    across: float
+    down: float
+    flip: bool
+    turns: int
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, crop_size: int) -> "Augmentation":
+        """Uniform even short side in c..2c, uniform place, flipped half the time, turned half the time."""
+        return cls(
+            crop_size=crop_size,
+            short_side=2 * int(rng.integers(crop_size // 2, crop_size, endpoint=True)),
+            across=rng.random(),
+            down=rng.random(),
+            flip=bool(rng.random() < 0.5),
+            turns=int(rng.integers(1, 4)) if rng.random() < 0.5 else 0,
+        )
+
+
+def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Width and height at that short side (even); the long one keeps the aspect, rounded up to even."""
+    long_side = short_side * max(width, height) // min(width, height)
+    long_side += long_side % 2
+    return (long_side, short_side) if width > height else (short_side, long_side)
+
+
+def augment(image: Image.Image, augmentation: Augmentation) -> np.ndarray:
+    """Scale (bicubic), crop, flip, turn.
+
+    The published order crops last. As a flip or turn maps the places of the crop one to one onto each other,
+    cropping first draws from the same distribution, and only the pixels of the crop have to be computed.
+
+    Args:
+        image: RGB, of any size. Images of one size get the very same treatment, others the same relative one.
+        augmentation: what to do.
+
+    Returns:
+        float32 (crop_size, crop_size, 3) in 0..1.
+    """
+    crop = augmentation.crop_size
+    width, height = scaled_size(*image.size, augmentation.short_side)
+    left = int(augmentation.across * (width - crop + 1))
+    top = int(augmentation.down * (height - crop + 1))
+    x, y = image.width / width, image.height / height  # source pixels a scaled pixel
+    box = (left * x, top * y, min((left + crop) * x, image.width), min((top + crop) * y, image.height))
+    pixels = np.asarray(image.resize((crop, crop), Image.Resampling.BICUBIC, box=box))
+    if augmentation.flip:
+        pixels = pixels[:, ::-1]
+    return np.divide(np.rot90(pixels, augmentation.turns), 255, dtype=np.float32, order="C")

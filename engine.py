@@ -1,0 +1,366 @@
+"""Engine: the training loop, the evaluation after every epoch, and the state that both leave."""
+
+import argparse
+import contextlib
+import math
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from util import checkpoint
+from util.distributed import World
+from util.errors import UserError
+from util.interrupt import Interrupt
+from util.metrics import quality_assess
+from util.progress import Progress, track
+from util.records import Record
+
+FORMAT = 1
+"""Of the checkpoints; a later one is refused."""
+
+
+@dataclass
+class Loaders:
+    """What the engine trains on, picks the best epoch by, and reports."""
+
+    train: DataLoader | None
+    val: DataLoader | None
+    tests: dict[str, DataLoader]
+
+
+class Interrupted(Exception):
+    """A signal has asked the run to stop; its state is saved."""
+
+    def __init__(self, number: int):
+        self.number, self.signal = number, signal.Signals(number).name
+        super().__init__(f"stopped by {self.signal}")
+
+
+class NonFiniteLoss(Exception):
+    """A loss was NaN or infinite; its message names the batch and where it is saved."""
+
+
+def learning_rate(step: int, options: argparse.Namespace, total: int) -> float:
+    """The rate of a step (from 0) of `total`.
+
+    "cosine_iter" falls from lr to lr_min in `period` steps and rises again in as many (the -W models' schedule:
+    cosine annealing stepped every iteration); "cosine" falls once over the whole run.
+    """
+    if options.scheduler == "none":
+        return options.lr
+    period = options.period if options.scheduler == "cosine_iter" else max(1, total)
+    return options.lr_min + (options.lr - options.lr_min) * (1 + math.cos(math.pi * step / period)) / 2
+
+
+def parameter_groups(network: nn.Module, decay: float) -> list[dict]:
+    """Weight decay for the weights of convolutions and linear layers, and for nothing else."""
+    decayed = {
+        id(module.weight) for module in network.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)
+    }
+    parameters = list(network.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+class Engine:
+    """Trains a model and keeps everything about the run.
+
+    Args:
+        options: of `options.parse_train`.
+        model: of `models.build_model`; moved to the world's device.
+        loaders: the data.
+        world: this process among all.
+        folder: of the run.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, model: nn.Module, loaders: Loaders, world: World, folder: Path
+    ):
+        self.options, self.loaders, self.world, self.folder = options, loaders, world, folder
+        self.device = world.device
+        self.model = model.to(self.device)
+        self.network: nn.Module = model.network
+        self.ema = None
+        if options.ema:
+            self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+        optimizer = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
+        decay = options.wd if options.optimizer == "adamw" else 0.0
+        groups = parameter_groups(self.network, decay)
+        self.optimizer = optimizer(groups, lr=options.lr, betas=(0.9, 0.999), fused=True)
+        self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train else 0
+        if loaders.train and not self.steps_per_epoch:
+            raise UserError(
+                f"--accumulate {options.accumulate}: an epoch has only {len(loaders.train)} batches; "
+                "lower it or --batchSize, or raise --epoch_size"
+            )
+        self.epoch = 0  # epochs done, evaluation included
+        self.step = 0  # steps of the optimiser done in the epoch that is running
+        self.global_step = 0
+        self.best: float | None = None
+        self.record: Record | None = None
+        self.step_model = self.model
+        if world.size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.step_model = DistributedDataParallel(self.model, device_ids=devices)
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """All that the run is, as plain data and tensors."""
+        return {
+            "format": FORMAT,
+            "inet": self.options.inet,
+            "epoch": self.epoch,
+            "step": self.step,
+            "global_step": self.global_step,
+            "best": self.best,
+            "network": self.network.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema_updates": int(self.ema.n_averaged) if self.ema else 0,
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state(self, state: dict, where: Path) -> None:
+        """Continue from a `state`.
+
+        Raises:
+            UserError: it is of another model or of a later version.
+        """
+        if state.get("format", 0) > FORMAT:
+            raise UserError(f"{where}: written by a later version of this program; update it")
+        if state.get("inet") != self.options.inet:
+            raise UserError(f"{where}: a checkpoint of {state.get('inet')}, but --inet is {self.options.inet}")
+        if bool(state["ema"]) != bool(self.ema):
+            raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(state["ema_updates"])
+        self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
+        self.best = state["best"]
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+    def _save(self, name: str = "last", everything: bool = True) -> None:
+        if self.world.is_main:
+            state = self.state()
+            if not everything:
+                state = {key: value for key, value in state.items() if key not in {"optimizer"}}
+            checkpoint.save(state, self.folder / f"{name}.pt")
+
+    # ---- training ---------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train until --nEpochs are done, evaluating after each; with none to do, evaluate once.
+
+        Raises:
+            Interrupted: after a signal, with the state saved.
+            NonFiniteLoss: with the state and the batch saved.
+        """
+        unfinished = self.step == self.steps_per_epoch and self.step > 0
+        self.record = Record(
+            self.folder, self.options, self.epoch, self.global_step + (not unfinished), self.world.is_main
+        )
+        with Interrupt() as self.interrupt, contextlib.closing(self.record):
+            if self.options.nEpochs == 0:
+                self._evaluate_all(self.epoch)
+            while self.epoch < self.options.nEpochs:
+                self.train_one_epoch()
+                self._finish_epoch()
+
+    def train_one_epoch(self) -> None:
+        """The steps of an epoch that are still to do."""
+        options = self.options
+        self.loaders.train.batch_sampler.seek(self.epoch, self.step * options.accumulate)
+        batches = iter(self.loaders.train)
+        title = f"epoch {self.epoch + 1}/{options.nEpochs}"
+        progress = Progress(title, self.steps_per_epoch, self.step, quiet=not self.world.is_main)
+        window = _Window(self.device)
+        self.model.train()
+        while self.step < self.steps_per_epoch:
+            began = time.perf_counter()
+            group = [next(batches) for _ in range(options.accumulate)]
+            window.waited += time.perf_counter() - began
+            terms, norm = self._train_step(group)
+            self.step += 1
+            self.global_step += 1
+            window.add(terms, norm, sum(len(batch["name"]) for batch in group) * self.world.size)
+            if self.global_step % options.log_every == 0 or self.step == self.steps_per_epoch:
+                self.record.scalars(self.global_step, window.values(self.world) | {"train/lr": self._rate()})
+                window = _Window(self.device)
+            progress.step(f"loss {float(sum(terms.values())):.4f}, lr {self._rate():.2e}")
+            self._stop_if_asked()
+            if options.save_steps and self.step % options.save_steps == 0:
+                self._save()
+        progress.close()
+        self._save()
+
+    def _train_step(self, group: list[dict]) -> tuple[dict[str, Tensor], Tensor]:
+        """One step of the optimiser: the mean of the loss's terms over the group's batches, the gradient's norm."""
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self._rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        means: dict[str, Tensor] = defaultdict(float)
+        for number, batch in enumerate(group, start=1):
+            # Gradients are exchanged between processes once, with the group's last batch.
+            last = number == len(group) or self.world.size == 1
+            with contextlib.nullcontext() if last else self.step_model.no_sync():
+                terms = self.step_model(*(self._move(batch[key]) for key in ("input", "target_t", "target_r")))
+                loss = sum(terms.values()) / len(group)
+                if self.world.any(not math.isfinite(loss.item())):
+                    self._give_up(batch, terms)
+                loss.backward()
+            for key, value in terms.items():
+                means[key] = means[key] + value.detach() / len(group)
+        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.options.grad_clip or math.inf)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update_parameters(self.network)
+        return means, norm
+
+    def _rate(self) -> float:
+        return learning_rate(self.global_step, self.options, self.options.nEpochs * self.steps_per_epoch)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _stop_if_asked(self) -> None:
+        if self.world.any(self.interrupt.signal is not None):
+            self._save()
+            self.world.barrier()
+            raise Interrupted(self.interrupt.signal or 15)
+
+    def _give_up(self, batch: dict, terms: dict[str, Tensor]) -> None:
+        """Save what is needed to look at a loss that isn't finite, and stop."""
+        values = {key: value.item() for key, value in terms.items()}
+        path = self.folder / f"nonfinite_step_{self.global_step}_rank_{self.world.rank}.pt"
+        tensors = {key: batch[key] for key in ("input", "target_t", "target_r")}
+        checkpoint.save(self.state() | {"batch": tensors, "names": list(batch["name"]), "terms": values}, path)
+        told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        raise NonFiniteLoss(
+            f"the loss of step {self.global_step} is not finite ({told}); the batch: {', '.join(batch['name'])}; "
+            f"weights, optimiser and batch of that step are in {path}"
+        )
+
+    # ---- evaluation -------------------------------------------------------------------------------------------
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, record, keep the checkpoints."""
+        epoch = self.epoch + 1
+        self._evaluate_all(epoch)
+        score = self.record.latest("val" if self.options.best_by == "val" else "average")
+        score = self.world.share(score)
+        self.epoch, self.step = epoch, 0
+        if score is not None and (self.best is None or score > self.best):
+            self.best = score
+            self._save("best", everything=False)
+        if self.options.save_every and epoch % self.options.save_every == 0:
+            self._save(f"epoch_{epoch:03}")
+        self._save()
+
+    def _evaluate_all(self, epoch: int) -> None:
+        self.record.start_evaluation(epoch)
+        sets = ({"val": self.loaders.val} if self.loaders.val else {}) | self.loaders.tests
+        for name, loader in sets.items():
+            began = time.perf_counter()
+            rows, panels = self.evaluate(loader, name)
+            rows = self.world.gather(rows)
+            self.record.evaluation(epoch, self.global_step, name, rows, time.perf_counter() - began)
+            self.record.panel(self.global_step, name, panels)
+        self.record.averages(epoch, self.global_step)
+        if self.world.is_main:
+            lines = [line for line in self.record.lines if line["epoch"] == epoch and line["estimate"] == "model"]
+            told = "  ".join(f"{line['set']} {line['PSNR']:.2f}/{line['SSIM']:.3f}" for line in lines)
+            print(f"epoch {epoch}: {told}", flush=True)
+
+    def evaluate(self, loader: DataLoader, name: str) -> tuple[list[dict], list[np.ndarray]]:
+        """Metrics of every image of a set, and pictures of its first ones.
+
+        The metrics are computed in threads beside the forward passes.
+
+        Returns:
+            Rows as `Record.evaluation` takes them, in the loader's order, and --panels rows of a picture.
+        """
+        self.model.eval()
+        network = self.ema.module if self.ema else None
+        rows, panels = [], []
+        with ThreadPoolExecutor(4) as pool:
+            for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
+                self._stop_if_asked()
+                outputs = self.model.predict(self._move(batch["input"]), network)
+                t, r, residue = (output.cpu()[0] for output in outputs)
+                image, target_t, target_r = (batch[key][0] for key in ("input", "target_t", "target_r"))
+                rows.append((batch["name"][0], pool.submit(_measure, t, image, target_t)))
+                if len(panels) < self.options.panels:
+                    tiles = (image, t, target_t, r, target_r, residue / 2 + 0.5)
+                    panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
+            return [{"name": name} | future.result() for name, future in rows], panels
+
+
+class _Window:
+    """Means of what training does between two points of TensorBoard's curves."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.steps = self.images = 0
+        self.sums: dict[str, Tensor] = defaultdict(float)
+
+    def add(self, terms: dict[str, Tensor], norm: Tensor, images: int) -> None:
+        self.steps += 1
+        self.images += images
+        for key, value in {**terms, "total": sum(terms.values())}.items():
+            self.sums[f"train/loss_{key}"] = self.sums[f"train/loss_{key}"] + value
+        self.sums["train/gradient_norm"] = self.sums["train/gradient_norm"] + norm
+
+    def values(self, world: World) -> dict[str, float]:
+        means = world.mean(torch.stack([value.detach() for value in self.sums.values()]) / self.steps).tolist()
+        seconds = time.perf_counter() - self.began
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:  # the process's peak, in KiB on Linux and in bytes on macOS
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return dict(zip(self.sums, means, strict=True)) | {
+            "speed/images_per_second": self.images / seconds,
+            "speed/share_waiting_for_data": self.waited / seconds,
+            "speed/peak_memory_GiB": memory / 2**30,
+        }
+
+
+def _measure(t: Tensor, image: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
+    """Metrics of the estimate and of the untouched input, against the target, in 0..255 and not rounded."""
+    wanted = _pixels(target)
+    return {
+        "model": quality_assess(_pixels(t.clamp(0, 1)), wanted),
+        "input": quality_assess(_pixels(image), wanted),
+    }
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """(3, H, W) in 0..1 to (H, W, 3) in 0..255."""
+    return image.permute(1, 2, 0).numpy() * 255
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    """(3, H, W) to (H, W + 8, 3) in 0..1, with a white margin."""
+    return np.pad(image.clamp(0, 1).permute(1, 2, 0).numpy(), ((0, 0), (0, 8), (0, 0)), constant_values=1.0)

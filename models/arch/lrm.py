@@ -1,0 +1,28 @@
+"""The learnable residue module of DSRNet (ICCV 2023, section 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from models.arch.blocks import NAF, MuGI
+
+
+class LearnableResidue(nn.Module):
+    """What T + R leaves unexplained of the mixture, from the features of both streams.
+
+    Args:
+        width: C, channels of the features.
+
+    Shapes: (2B, C, H, W), transmissions first -> (B, 3, H, W), in (-1, 1).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.interact = nn.Sequential(*(MuGI(2 * width, split=True) for _ in range(2)))
+        self.merge = nn.Sequential(*(NAF(4 * width) for _ in range(4)))
+        self.head = nn.Conv2d(4 * width, 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        streams = self.interact(self.expand(features))  # (2B, 2C, H, W)
+        joined = torch.cat(streams.chunk(2), dim=1)  # (B, 4C, H, W)
+        return torch.tanh(self.head(self.merge(joined)))

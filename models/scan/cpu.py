@@ -1,0 +1,630 @@
+"""Selective scan on the CPU: one pass over the pixels, compiled by numba on the user's machine.
+
+Sixteen channels fill a vector register and walk through time together; their states wait in the level-one
+cache. Whatever the memory layout, a tile of sixteen channels by `TILE` steps is first brought into
+(step, channel) order, so a tensor may have its channels or its pixels innermost.
+
+The forward pass keeps the states only where a tile begins. The backward pass visits the tiles in reverse,
+recomputes the states of one tile in scratch memory, and follows the adjoint recurrence back through it.
+
+Numba's loop vectoriser would have to prove that arrays don't overlap; instead `float32x16` is a numba type
+here, which LLVM maps to whatever registers the processor has (AVX-512, two AVX2, four NEON).
+
+Work is divided by shape alone, never by the number of threads, and every sum runs in a fixed order: results
+are bit-equal for any number of threads.
+"""
+
+import itertools
+import math
+import operator
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial, reduce
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import int64, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+from torch import Tensor
+
+LANES = 16  # channels in one vector
+TILE = 64  # steps between two stored states
+ROW = 4 * LANES  # bytes of one vector
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+INLINE_UPDATES = 1 << 17  # state updates below which waking other threads costs more than it saves
+
+
+def njit(function):
+    """A helper: compiled into the kernels that call it."""
+    return numba.njit(error_model="numpy")(function)
+
+
+def kernel(arguments: tuple):
+    """A function compiled here and now, unless an earlier run left it in numba's cache on disk."""
+
+    def compiled(function):
+        compiler = partial(numba.njit, types.void(*arguments), nogil=True, error_model="numpy")
+        try:
+            return compiler(cache=True)(function)
+        except RuntimeError:  # no folder for the cache can be written
+            return compiler()(function)
+
+    return compiled
+
+
+# The vector type ---------------------------------------------------------------------------------------
+
+
+class Float32x16(types.Type):
+    def __init__(self):
+        super().__init__(name="float32x16")
+
+
+vector = Float32x16()
+F32 = ir.FloatType()
+I32 = ir.IntType(32)
+VECTOR = ir.VectorType(F32, LANES)
+INTEGERS = ir.VectorType(I32, LANES)
+
+
+@register_model(Float32x16)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, numba_type):
+        super().__init__(manager, numba_type, VECTOR)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
+
+
+def _pointer(builder, address, pointee=VECTOR):
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _broadcast(builder, scalar):
+    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(INTEGERS, [0] * LANES))
+
+
+def _shuffle(builder, a, b, lanes):
+    return builder.shuffle_vector(a, b, ir.Constant(INTEGERS, lanes))
+
+
+def _load_rows(builder, address, stride):
+    rows = []
+    for _ in range(LANES):
+        rows.append(builder.load(_pointer(builder, address), align=4))
+        address = builder.add(address, stride)
+    return rows
+
+
+def _vector_intrinsic(arity, emit):
+    """An operation on vectors from `emit(builder, *vectors)`."""
+
+    def typed(*operands):
+        return vector(*operands), lambda context, builder, signature, values: emit(builder, *values)
+
+    if arity == 1:
+        return intrinsic(lambda typingctx, a: typed(a))
+    if arity == 2:
+        return intrinsic(lambda typingctx, a, b: typed(a, b))
+    return intrinsic(lambda typingctx, a, b, c: typed(a, b, c))
+
+
+def _multiply_add(builder, a, b, c):
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    # fmuladd, not fma: without the hardware for it the latter becomes sixteen library calls.
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [a, b, c])
+
+
+def _exp2(builder, x):
+    """2^x with a relative error under 2e-7: 2^round(x) by exponent bits times a polynomial of the remainder.
+
+    x is held within -126..128-2^-17, so that what underflows becomes 1e-38 and what overflows 3e38.
+    """
+    low, high, shift = -126.0, 127.99999, 1.5 * 2.0**23
+    x = builder.select(builder.fcmp_ordered("<", x, _constant(low)), _constant(low), x)  # NaN stays
+    x = builder.select(builder.fcmp_ordered(">", x, _constant(high)), _constant(high), x)
+    shifted = builder.fadd(x, _constant(shift))  # the last bits now hold round(x)
+    remainder = builder.fsub(x, builder.fsub(shifted, _constant(shift)))
+    power = _constant(EXP2_POLYNOMIAL[0])
+    for coefficient in EXP2_POLYNOMIAL[1:]:
+        power = _multiply_add(builder, power, remainder, _constant(coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, INTEGERS), ir.Constant(INTEGERS, [23] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(power, INTEGERS), exponent), VECTOR)
+
+
+def _exp2_polynomial(degree: int) -> list[float]:
+    """Coefficients, highest first, of 2^r on -1/2..1/2, fitted at Chebyshev nodes to the relative error.
+
+    The last is 1 exactly: a decay near one would else be off by the same part in every one of many steps.
+    """
+    nodes = 0.5 * np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree))
+    powers = np.vander(nodes, degree + 1)[:, :-1] / np.exp2(nodes)[:, None]
+    return [*np.linalg.lstsq(powers, 1 - np.exp2(-nodes), rcond=None)[0].tolist(), 1.0]
+
+
+EXP2_POLYNOMIAL = _exp2_polynomial(5)
+
+def _select(condition: str):
+    """where(a condition 0, b, c)"""
+
+    def emit(builder, a, b, c):
+        return builder.select(builder.fcmp_ordered(condition, a, _constant(0.0)), b, c)
+
+    return emit
+
+
+def _define_operator(symbol, instruction: str) -> None:
+    emit = _vector_intrinsic(2, lambda builder, a, b: getattr(builder, instruction)(a, b))
+
+    @overload(symbol)
+    def vector_operator(a, b):
+        if a is vector and b is vector:
+            return lambda a, b: emit(a, b)
+
+
+_define_operator(operator.add, "fadd")
+_define_operator(operator.sub, "fsub")
+_define_operator(operator.mul, "fmul")
+_define_operator(operator.truediv, "fdiv")
+
+fma = _vector_intrinsic(3, _multiply_add)
+exp2 = _vector_intrinsic(1, _exp2)
+where_positive = _vector_intrinsic(3, _select(">"))
+
+
+@intrinsic
+def constant(typingctx, value):
+    """The number `value` in every lane."""
+
+    def codegen(context, builder, signature, values):
+        return _broadcast(builder, builder.fptrunc(values[0], F32))
+
+    return vector(types.float64), codegen
+
+
+@intrinsic
+def load(typingctx, address):
+    def codegen(context, builder, signature, values):
+        return builder.load(_pointer(builder, values[0]), align=4)
+
+    return vector(address), codegen
+
+
+@intrinsic
+def store(typingctx, address, value):
+    def codegen(context, builder, signature, values):
+        builder.store(values[1], _pointer(builder, values[0]), align=4)
+
+    return types.void(address, value), codegen
+
+
+@intrinsic
+def broadcast(typingctx, address):
+    """The number at `address` in every lane."""
+
+    def codegen(context, builder, signature, values):
+        return _broadcast(builder, builder.load(_pointer(builder, values[0], F32), align=4))
+
+    return vector(address), codegen
+
+
+@intrinsic
+def copy_number(typingctx, source, target):
+    def codegen(context, builder, signature, values):
+        number = builder.load(_pointer(builder, values[0], F32), align=4)
+        builder.store(number, _pointer(builder, values[1], F32), align=4)
+
+    return types.void(source, target), codegen
+
+
+@intrinsic
+def transpose(typingctx, source, source_stride, target, target_stride):
+    """Sixteen rows of sixteen numbers become columns; strides, in bytes, lead from row to row."""
+
+    def codegen(context, builder, signature, values):
+        source, source_stride, target, target_stride = values
+        rows = _load_rows(builder, source, source_stride)
+        for s in (1, 2, 4, 8):  # swap the off-diagonal s x s blocks of every 2s x 2s block
+            upper = [j if not j & s else LANES + (j ^ s) for j in range(LANES)]
+            lower = [j ^ s if not j & s else LANES + j for j in range(LANES)]
+            for i in range(LANES):
+                if not i & s:
+                    a, b = rows[i], rows[i + s]
+                    rows[i], rows[i + s] = _shuffle(builder, a, b, upper), _shuffle(builder, a, b, lower)
+        for row in rows:
+            builder.store(row, _pointer(builder, target), align=4)
+            target = builder.add(target, target_stride)
+
+    return types.void(source, source_stride, target, target_stride), codegen
+
+
+@intrinsic
+def row_sums(typingctx, source):
+    """Lane i of the result is the sum of the i-th of sixteen vectors at `source`."""
+
+    def codegen(context, builder, signature, values):
+        rows = _load_rows(builder, values[0], ir.Constant(ir.IntType(64), ROW))
+        for s in (1, 2, 4, 8):  # add neighbours within each vector while two vectors are merged into one
+            even = [j if not j & s else LANES + j for j in range(LANES)]
+            odd = [j ^ s if not j & s else LANES + (j ^ s) for j in range(LANES)]
+            rows = [
+                builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                for a, b in itertools.pairwise(rows)
+            ][::2]
+        return rows[0]
+
+    return vector(source), codegen
+
+
+# Functions of one vector -------------------------------------------------------------------------------
+
+
+@njit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log1p(w) with w = e^-|x|; log1p(w) = 2 artanh(w / (2 + w))."""
+    zero = constant(0.0)
+    w = exp2(where_positive(x, zero - x, x) * constant(LOG2E))
+    s = w / (constant(2.0) + w)
+    square = s * s  # at most 1/9: the series' next term is under 2e-8
+    series = constant(2 / 13)
+    series = fma(series, square, constant(2 / 11))
+    series = fma(series, square, constant(2 / 9))
+    series = fma(series, square, constant(2 / 7))
+    series = fma(series, square, constant(2 / 5))
+    series = fma(series, square, constant(2 / 3))
+    series = fma(series, square, constant(2.0))
+    return fma(series, s, where_positive(x, x, zero))
+
+
+@njit
+def sigmoid(x):
+    """1 / (1 + e^-x), exact to rounding on both sides: w / (1 + w) or 1 / (1 + w) with w = e^-|x|."""
+    zero, one = constant(0.0), constant(1.0)
+    w = exp2(where_positive(x, zero - x, x) * constant(LOG2E))
+    return where_positive(x, one, w) / (one + w)
+
+
+# Tiles: (steps, 16) in scratch memory, channels innermost --------------------------------------------------
+#
+# A tensor comes as (address, bytes from image to image, from channel to channel, from step to step).
+
+Strided = types.UniTuple(int64, 4)
+
+
+@njit
+def read_tile(tensor, image, channel, channels, step, steps, tile):
+    address, per_image, per_channel, per_step = tensor
+    address += image * per_image + channel * per_channel + step * per_step
+    done = 0
+    if channels == LANES and per_channel == 4:
+        for t in range(steps):
+            store(tile + t * ROW, load(address + t * per_step))
+        done = steps
+    elif channels == LANES and per_step == 4:
+        done = steps // LANES * LANES
+        for t in range(0, done, LANES):
+            transpose(address + 4 * t, per_channel, tile + t * ROW, ROW)
+    for t in range(done, steps):
+        store(tile + t * ROW, constant(0.0))
+        for c in range(channels):
+            copy_number(address + c * per_channel + t * per_step, tile + t * ROW + 4 * c)
+
+
+@njit
+def write_tile(tensor, image, channel, channels, step, steps, tile):
+    address, per_image, per_channel, per_step = tensor
+    address += image * per_image + channel * per_channel + step * per_step
+    done = 0
+    if channels == LANES and per_channel == 4:
+        for t in range(steps):
+            store(address + t * per_step, load(tile + t * ROW))
+        done = steps
+    elif channels == LANES and per_step == 4:
+        done = steps // LANES * LANES
+        for t in range(0, done, LANES):
+            transpose(tile + t * ROW, ROW, address + 4 * t, per_channel)
+    for t in range(done, steps):
+        for c in range(channels):
+            copy_number(tile + t * ROW + 4 * c, address + c * per_channel + t * per_step)
+
+
+@njit
+def at(tensor, image, step):
+    """Address of state 0 of B or C."""
+    return tensor[0] + image * tensor[1] + step * tensor[3]
+
+
+@njit
+def scratch(vectors):
+    """Room for `vectors` vectors, and the address, a multiple of 64, where it begins."""
+    memory = np.empty((vectors + 1) * LANES, np.float32)
+    return memory, (memory.ctypes.data + ROW - 1) // ROW * ROW
+
+
+# The scan ------------------------------------------------------------------------------------------------
+#
+# Packed by blocks of sixteen channels: A (blocks, n, 16), times log2(e) since every exponential is a power of
+# two here; D and bias (blocks, 16); h, the state, (images, blocks, n, 16); saved, the states with which tiles
+# begin, (images, blocks, tiles, n, 16). A task is one image and one block (forward) or group of blocks
+# (backward). Everything else is `Strided`.
+
+Shape = types.UniTuple(int64, 4)
+
+
+@kernel((int64, int64, Shape, types.boolean, types.boolean) + (int64,) * 5 + (Strided,) * 6)
+def forward(first, last, shape, use_softplus, use_z, A, D, bias, h, saved, B, C, u, delta, z, y):
+    """Tasks `first` to `last` - 1: fills y, saved, and h with the last state."""
+    d, length, n, blocks = shape
+    memory, room = scratch(4 * TILE)
+    u_tile, delta_tile, z_tile, y_tile = [room + i * TILE * ROW for i in range(4)]
+    for task in range(first, last):
+        image, block = task // blocks, task % blocks
+        channel = block * LANES
+        channels = min(LANES, d - channel)
+        A_block, h_block = A + block * n * ROW, h + task * n * ROW
+        D_block, bias_block = load(D + block * ROW), load(bias + block * ROW)
+        saved_tile = saved + task * ((length + TILE - 1) // TILE) * n * ROW
+        for i in range(n):
+            store(h_block + i * ROW, constant(0.0))
+        for start in range(0, length, TILE):
+            steps = min(TILE, length - start)
+            read_tile(u, image, channel, channels, start, steps, u_tile)
+            read_tile(delta, image, channel, channels, start, steps, delta_tile)
+            if use_z:
+                read_tile(z, image, channel, channels, start, steps, z_tile)
+            for i in range(n):
+                store(saved_tile + i * ROW, load(h_block + i * ROW))
+            saved_tile += n * ROW
+            for t in range(steps):
+                delta_t = load(delta_tile + t * ROW) + bias_block
+                if use_softplus:
+                    delta_t = softplus(delta_t)
+                u_t = load(u_tile + t * ROW)
+                x_t = delta_t * u_t
+                y_t = D_block * u_t
+                B_t, C_t = at(B, image, start + t), at(C, image, start + t)
+                for i in range(n):
+                    decay = exp2(delta_t * load(A_block + i * ROW))
+                    h_t = fma(decay, load(h_block + i * ROW), x_t * broadcast(B_t + i * B[2]))
+                    y_t = fma(broadcast(C_t + i * C[2]), h_t, y_t)
+                    store(h_block + i * ROW, h_t)
+                if use_z:
+                    z_t = load(z_tile + t * ROW)
+                    y_t = y_t * z_t * sigmoid(z_t)
+                store(y_tile + t * ROW, y_t)
+            write_tile(y, image, channel, channels, start, steps, y_tile)
+
+
+@kernel((int64, int64, Shape, int64, types.boolean, types.boolean) + (int64,) * 10 + (Strided,) * 9)
+def backward(
+    first, last, shape, group, use_softplus, use_z,
+    A, D, bias, saved, dA, dD, dbias, dh, dB, dC,
+    B, C, u, delta, z, dy, du, ddelta, dz,
+):  # fmt: skip
+    """Tasks `first` to `last` - 1 of the adjoint: fills du, ddelta, dz; per image packed dA, dD, dbias; and per
+    task dB, dC, (steps rounded up to whole tiles, n), sums over the `group` blocks of channels of the task.
+
+    dh (like h) holds the gradient of the last state and is used up.
+
+    With g_t = C_t dy_t + a_{t+1} g_{t+1}, the gradient of the state h_t = a_t h_{t-1} + delta_t u_t B_t:
+    du_t = D dy_t + delta_t sum_n g_t B_t            dB_t = sum_d g_t delta_t u_t     dC_t = sum_d dy_t h_t
+    ddelta_t = u_t sum_n g_t B_t + sum_n A q_t       dA = sum_t delta_t q_t           q_t = g_t a_t h_{t-1}
+    """
+    d, length, n, blocks = shape
+    tiles, groups = (length + TILE - 1) // TILE, (blocks + group - 1) // group
+    memory, room = scratch(TILE * (8 + 4 * n) + n)
+    u_tile, delta_tile, z_tile, dy_tile, dt_tile, du_tile, ddelta_tile, dz_tile = [
+        room + i * TILE * ROW for i in range(8)
+    ]
+    states = room + 8 * TILE * ROW  # before each step; (TILE + 1, n, 16)
+    decays, dB_tile, dC_tile = [states + (n + i * TILE * n) * ROW for i in range(1, 4)]  # (TILE, n, 16) each
+    one = constant(1.0)
+    for task in range(first, last):
+        image, first_block = task // groups, task % groups * group
+        last_block = min(first_block + group, blocks)
+        for block in range(first_block, last_block):
+            packed = image * blocks + block
+            store(dD + packed * ROW, constant(0.0))
+            store(dbias + packed * ROW, constant(0.0))
+            for i in range(n):
+                store(dA + (packed * n + i) * ROW, constant(0.0))
+        for tile in range(tiles - 1, -1, -1):
+            start = tile * TILE
+            steps = min(TILE, length - start)
+            for i in range(TILE * n):
+                store(dB_tile + i * ROW, constant(0.0))
+                store(dC_tile + i * ROW, constant(0.0))
+            for block in range(first_block, last_block):
+                channel = block * LANES
+                channels = min(LANES, d - channel)
+                packed = image * blocks + block
+                A_block, dh_block, dA_block = A + block * n * ROW, dh + packed * n * ROW, dA + packed * n * ROW
+                D_block, bias_block = load(D + block * ROW), load(bias + block * ROW)
+                read_tile(u, image, channel, channels, start, steps, u_tile)
+                read_tile(delta, image, channel, channels, start, steps, delta_tile)
+                read_tile(dy, image, channel, channels, start, steps, dy_tile)
+                if use_z:
+                    read_tile(z, image, channel, channels, start, steps, z_tile)
+
+                # The states of this tile once more, and the gate's gradient.
+                for i in range(n):
+                    store(states + i * ROW, load(saved + ((packed * tiles + tile) * n + i) * ROW))
+                for t in range(steps):
+                    delta_t = load(delta_tile + t * ROW) + bias_block
+                    if use_softplus:
+                        delta_t = softplus(delta_t)
+                    store(dt_tile + t * ROW, delta_t)
+                    u_t = load(u_tile + t * ROW)
+                    x_t = delta_t * u_t
+                    y_t = D_block * u_t
+                    B_t, C_t = at(B, image, start + t), at(C, image, start + t)
+                    for i in range(n):
+                        decay = exp2(delta_t * load(A_block + i * ROW))
+                        h_t = fma(decay, load(states + (t * n + i) * ROW), x_t * broadcast(B_t + i * B[2]))
+                        y_t = fma(broadcast(C_t + i * C[2]), h_t, y_t)
+                        store(decays + (t * n + i) * ROW, decay)
+                        store(states + ((t + 1) * n + i) * ROW, h_t)
+                    if use_z:
+                        dy_t, z_t = load(dy_tile + t * ROW), load(z_tile + t * ROW)
+                        gate = sigmoid(z_t)
+                        store(dy_tile + t * ROW, dy_t * z_t * gate)
+                        store(dz_tile + t * ROW, dy_t * y_t * gate * fma(z_t, one - gate, one))
+
+                for t in range(steps - 1, -1, -1):
+                    delta_t, u_t, dy_t = load(dt_tile + t * ROW), load(u_tile + t * ROW), load(dy_tile + t * ROW)
+                    x_t = delta_t * u_t
+                    dx_t, sum_Aq = constant(0.0), constant(0.0)
+                    B_t, C_t = at(B, image, start + t), at(C, image, start + t)
+                    for i in range(n):
+                        row = (t * n + i) * ROW
+                        decay = load(decays + row)
+                        g = fma(broadcast(C_t + i * C[2]), dy_t, load(dh_block + i * ROW))
+                        carried = g * decay
+                        q = carried * load(states + row)
+                        dx_t = fma(g, broadcast(B_t + i * B[2]), dx_t)
+                        sum_Aq = fma(load(A_block + i * ROW), q, sum_Aq)
+                        store(dh_block + i * ROW, carried)
+                        store(dA_block + i * ROW, fma(delta_t, q, load(dA_block + i * ROW)))
+                        store(dB_tile + row, fma(g, x_t, load(dB_tile + row)))
+                        store(dC_tile + row, fma(dy_t, load(states + n * ROW + row), load(dC_tile + row)))
+                    ddelta_t = fma(dx_t, u_t, sum_Aq * constant(LN2))
+                    if use_softplus:
+                        ddelta_t = ddelta_t * sigmoid(load(delta_tile + t * ROW) + bias_block)
+                    store(ddelta_tile + t * ROW, ddelta_t)
+                    store(du_tile + t * ROW, fma(D_block, dy_t, delta_t * dx_t))
+                    store(dD + packed * ROW, fma(dy_t, u_t, load(dD + packed * ROW)))
+                    store(dbias + packed * ROW, load(dbias + packed * ROW) + ddelta_t)
+                write_tile(du, image, channel, channels, start, steps, du_tile)
+                write_tile(ddelta, image, channel, channels, start, steps, ddelta_tile)
+                if use_z:
+                    write_tile(dz, image, channel, channels, start, steps, dz_tile)
+
+            # Sixteen of the (step, state) pairs at a time: lanes are added up, and it's one vector again.
+            done = (task * tiles + tile) * TILE * n
+            for i in range(0, TILE * n, LANES):
+                store(dB + 4 * (done + i), row_sums(dB_tile + i * ROW))
+                store(dC + 4 * (done + i), row_sums(dC_tile + i * ROW))
+
+
+# From tensors to addresses -----------------------------------------------------------------------------
+
+
+def scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y like u, the last state (batch, d, n), and the states that `scan_backward` wants; the latter float32."""
+    batch, d, length = u.shape
+    n = A.shape[1]
+    blocks, tiles = -(-d // LANES), -(-length // TILE)
+    saved = u.new_empty(batch, blocks, tiles, n, LANES, dtype=torch.float32)
+    h = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
+    y = torch.empty_like(u, dtype=torch.float32)
+    packed = [_packed_A(A), _packed(D, d), _packed(delta_bias, d)]
+    read = [t.float() for t in (B, C, u, delta, u if z is None else z)]
+    _run(
+        forward, batch * blocks, y.numel() * n, ((d, length, n, blocks), delta_softplus, z is not None),
+        [*packed, h, saved], [*read, y],
+    )  # fmt: skip
+    return y.to(u.dtype), _unpacked(h, d), saved
+
+
+def scan_backward(
+    dy: Tensor, dlast: Tensor | None, saved: Tensor,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    delta_bias: Tensor | None, delta_softplus: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of u, delta, A, B, C, D, z, delta_bias, in float32, from those of y and the last state."""
+    batch, d, length = u.shape
+    n = A.shape[1]
+    blocks, tiles = -(-d // LANES), -(-length // TILE)
+    group = -(-2 * n // LANES)  # so many blocks that dB and dC of all groups take no more memory than u
+    groups = -(-blocks // group)
+    dh = _packed_states(dlast, batch, d, n)
+    dA = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
+    dD, dbias = (u.new_empty(batch, blocks, LANES, dtype=torch.float32) for _ in range(2))
+    dB, dC = (u.new_empty(batch, groups, tiles * TILE, n, dtype=torch.float32) for _ in range(2))
+    du, ddelta, dz = (torch.empty_like(t, dtype=torch.float32) for t in (u, delta, u[:, :0] if z is None else z))
+    packed = [_packed_A(A), _packed(D, d), _packed(delta_bias, d), saved]
+    read = [t.float() for t in (B, C, u, delta, u if z is None else z, dy)]
+    _run(
+        backward, batch * groups, 3 * u.numel() * n,
+        ((d, length, n, blocks), group, delta_softplus, z is not None),
+        [*packed, dA, dD, dbias, dh, dB, dC], [*read, du, ddelta, dz],
+    )  # fmt: skip
+    return (
+        du,
+        ddelta,
+        _unpacked(_sum(dA, 0), d),
+        _sum(dB, 1)[:, :length].mT,
+        _sum(dC, 1)[:, :length].mT,
+        _sum(dD, 0).flatten()[:d],
+        None if z is None else dz,
+        _sum(dbias, 0).flatten()[:d],
+    )
+
+
+def _packed(values: Tensor | None, d: int) -> Tensor:
+    """(d) -> (blocks, 16), filled up with zeros; None is zero."""
+    packed = torch.zeros(-(-d // LANES) * LANES)
+    if values is not None:
+        packed[:d] = values
+    return packed.view(-1, LANES)
+
+
+def _packed_states(states: Tensor | None, batch: int, d: int, n: int) -> Tensor:
+    """(batch, d, n) -> (batch, blocks, n, 16), filled up with zeros; None is zero."""
+    padded = torch.zeros(batch, -(-d // LANES) * LANES, n)
+    if states is not None:
+        padded[:, :d] = states
+    return padded.unflatten(1, (-1, LANES)).mT.contiguous()
+
+
+def _packed_A(A: Tensor) -> Tensor:
+    """(d, n) -> (blocks, n, 16), times log2(e)."""
+    return _packed_states(A * LOG2E, 1, *A.shape)[0]
+
+
+def _unpacked(states: Tensor, d: int) -> Tensor:
+    """(..., blocks, n, 16) -> (..., d, n)"""
+    return states.mT.flatten(-3, -2)[..., :d, :].contiguous()
+
+
+def _sum(parts: Tensor, dim: int) -> Tensor:
+    """Sum in the order of the parts, whatever the number of threads."""
+    return reduce(torch.add, parts.unbind(dim))
+
+
+def _run(kernel, tasks: int, updates: int, settings: tuple, packed: list[Tensor], strided: list[Tensor]) -> None:
+    """All tasks of a kernel, by as many threads as torch uses."""
+    addresses = [t.data_ptr() for t in packed]
+    views = [(t.data_ptr(), *(4 * stride for stride in t.stride())) for t in strided]
+    threads = torch.get_num_threads() if updates > INLINE_UPDATES else 1
+    pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
+    bounds = [tasks * i // pieces for i in range(pieces + 1)]
+    waiting = itertools.pairwise(bounds)
+
+    def work() -> None:
+        for first, last in waiting:
+            kernel(first, last, *settings, *addresses, *views)
+
+    helpers = [_pool(threads).submit(work) for _ in range(min(threads, pieces) - 1)]
+    work()
+    for helper in helpers:
+        helper.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="scan")
+
+
+# A forked process has no threads but the one that forked.
+os.register_at_fork(after_in_child=_pool.cache_clear)

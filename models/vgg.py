@@ -1,0 +1,95 @@
+"""The frozen VGG19 (Simonyan & Zisserman 2015), for the pyramid's features and for the perceptual loss."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG19_Weights
+from torchvision.models.vgg import cfgs, make_layers
+
+from util import checkpoint
+from util.errors import UserError
+
+# After how many layers of torchvision's vgg19().features the five maps are taken: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
+CUTS = (2, 7, 12, 21, 30)
+
+
+class Vgg19(nn.Module):
+    """VGG19 up to ReLU 5_1, frozen, in eval mode whatever happens around it.
+
+    Args:
+        weights: "imagenet" (torchvision's, downloaded once into its cache), "random" (He's initialisation, the
+            same every time: for trying things out, not for results), or a file with a state dict of torchvision's
+            vgg19.
+
+    Raises:
+        UserError: the weights can't be had or don't fit.
+    """
+
+    def __init__(self, weights: str | Path = "imagenet"):
+        super().__init__()
+        layers = make_layers(cfgs["E"])[: CUTS[-1]]
+        if weights == "random":
+            _randomise(layers)
+        else:
+            _load(layers, weights)
+        self.slices = nn.ModuleList(layers[start:end] for start, end in zip((0, *CUTS), CUTS, strict=False))
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Vgg19":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to five maps: 64, 128, 256, 512, 512 channels at strides 1, 2, 4, 8, 16.
+
+        The image is taken as it is: in [0, 1] for the pyramid, normalised by the loss for itself.
+        """
+        maps = []
+        for part in self.slices:
+            # The ReLUs work in place, but every slice starts with a convolution, so none touches a map of before.
+            image = part(image)
+            maps.append(image)
+        return maps
+
+
+def _randomise(layers: nn.Sequential) -> None:
+    generator = torch.Generator().manual_seed(19)
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            std = math.sqrt(2 / (layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]))
+            nn.init.normal_(layer.weight, std=std, generator=generator)
+            nn.init.zeros_(layer.bias)
+
+
+def _load(layers: nn.Sequential, weights: str | Path) -> None:
+    if weights == "imagenet":
+        state = _imagenet()
+    else:
+        state = checkpoint.load(weights)
+    state = {name.removeprefix("features."): value for name, value in state.items()}
+    wanted = layers.state_dict()
+    unfit = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
+    if unfit:
+        raise UserError(
+            f"--vgg_weights {weights}: not the weights of torchvision's vgg19; "
+            f"features.{unfit[0]} and {len(unfit) - 1} more are missing or of another shape"
+        )
+    layers.load_state_dict({name: state[name] for name in wanted})
+
+
+def _imagenet() -> dict[str, Tensor]:
+    weights = VGG19_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        file = weights.url.rsplit("/", 1)[-1]
+        raise UserError(
+            f"VGG19's ImageNet weights could not be downloaded ({error}). Ways out: put {file}, fetched on another "
+            f"machine with torchvision, into {folder}; or name the file with --vgg_weights FILE; or, only to try "
+            "the program out, use --vgg_weights random"
+        ) from error

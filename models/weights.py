@@ -1,0 +1,126 @@
+"""Any published or own checkpoint into a network. Published parameter names stay at this door."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from util import checkpoint
+from util.errors import UserError
+
+# Published parameter names to ours, applied one after the other to what is left of the name. The published code
+# names a layer by its position in nested nn.Sequential.
+_PREFIXES = re.compile(r"^(?:(?:module|net|network|_orig_mod)\.)+")
+_RENAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # LRM names every shared tensor twice, as seq_l and seq_r.
+        (r"\.seq_[lr]\.", ".seq."),
+        (r"^lrm\.intro\.seq\.0\.", "residue.expand."),
+        (r"^lrm\.blocks_inter\.", "residue.interact."),
+        (r"^lrm\.blocks_merge\.", "residue.merge."),
+        (r"^lrm\.tail\.0\.", "residue.head."),
+        # The blocks.
+        (r"(^|\.)([ab])_l$", r"\1\2.0"),
+        (r"(^|\.)([ab])_r$", r"\1\2.1"),
+        (r"(^|\.)([ab])$", r"\1\2.0"),
+        (r"(^|\.)block([12])\.0\.seq\.0\.", r"\1norm\2."),
+        (r"(^|\.)block([12])\.0\.seq\.1\.", r"\1expand\2."),
+        (r"(^|\.)block1\.0\.seq\.2\.", r"\1depthwise."),
+        (r"(^|\.)block1\.2\.seq\.0\.ca\.1\.", r"\1attention."),
+        (r"(^|\.)block1\.3\.seq\.0\.", r"\1project1."),
+        (r"(^|\.)block2\.2\.seq\.0\.", r"\1project2."),
+        # NAF's, without the wrapper of the two streams.
+        (r"(^|\.)block([12])\.0\.(weight|bias)$", r"\1norm\2.\3"),
+        (r"(^|\.)block([12])\.1\.(weight|bias)$", r"\1expand\2.\3"),
+        (r"(^|\.)block1\.2\.(weight|bias)$", r"\1depthwise.\2"),
+        (r"(^|\.)block1\.4\.ca\.1\.", r"\1attention."),
+        (r"(^|\.)block1\.5\.", r"\1project1."),
+        (r"(^|\.)block2\.3\.", r"\1project2."),
+        # The pyramid.
+        (r"^intro\.block_intro\.0\.seq\.0\.", "pyramid.image.0."),
+        (r"^intro\.block_intro\.1\.", "pyramid.image.1."),
+        (r"^intro\.block([1-5])\.0\.", lambda m: f"pyramid.lateral.{int(m[1]) - 1}."),
+        (r"^intro\.ch_map([1-4])\.0\.seq\.0\.", lambda m: f"pyramid.fuse.{int(m[1]) - 1}."),
+        (r"^intro\.ch_map([1-4])\.1\.", lambda m: f"pyramid.refine.{int(m[1]) - 1}."),
+        (r"^intro\.ch_map1\.2\.seq\.0\.", "pyramid.narrow."),
+        (r"^intro\.ch_map1\.3\.", "pyramid.refine_narrow."),
+        (r"^intro\.ch_map0\.seq\.0\.", "pyramid.fuse_image."),
+        # The U-Net.
+        (r"^(encoders|decoders)\.", r"unet.\1."),
+        (r"^middle_blks\.", "unet.middle."),
+        (r"^(ups|downs)\.(\d+)\.seq\.0\.", r"unet.\1.\2."),
+        (r"^ending\.seq\.0\.", "head."),
+    )
+]
+
+
+def translate(name: str) -> str:
+    """Our name of a parameter, from its published one or from our own (which stays as it is)."""
+    name = _PREFIXES.sub("", name)
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def load_weights(network: nn.Module, source: str | Path | dict) -> dict:
+    """Load a checkpoint, ours or a published one, into a network.
+
+    Args:
+        network: of `models.arch.create_model`.
+        source: a file, or what was in it: a state dict, bare or under "weight", "ema", "network", "state_dict",
+            "model" or "icnn"; names may start with "module.", "net." or "network.". Of one of our training
+            checkpoints the moving average is taken where there is one.
+
+    Returns:
+        What else the checkpoint holds, such as its epoch.
+
+    Raises:
+        UserError: the file can't be read, holds anything but plain data, or doesn't fit the network; the message
+            names what is missing, left over or of another shape.
+    """
+    where = "the given weights"
+    if not isinstance(source, dict):
+        where, source = str(source), checkpoint.load(source)
+    state, rest = _find_state(source, where)
+    published: dict[str, Tensor] = {}
+    for name, value in state.items():
+        ours = translate(name)
+        if ours in published and not torch.equal(published[ours], value):
+            raise UserError(f"{where}: two different tensors are meant to be {ours}; one of them is {name}")
+        published[ours] = value
+    _check_fit(network.state_dict(), published, where)
+    network.load_state_dict(published)
+    return rest
+
+
+def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
+    """The state dict in a checkpoint, and the rest."""
+    for key in ("ema", "network", "weight", "state_dict", "model", "icnn"):
+        if isinstance(content.get(key), dict):
+            return content[key], {name: value for name, value in content.items() if name != key}
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return content, {}
+    raise UserError(f"{where}: no state dict in it; its keys are {', '.join(map(str, list(content)[:8])) or 'none'}")
+
+
+def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    missing = sorted(set(expected) - set(given))
+    extra = sorted(set(given) - set(expected))
+    wrong = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(set(expected) & set(given))
+        if given[name].shape != expected[name].shape
+    ]
+    if not (missing or extra or wrong):
+        return
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    parts = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
+    told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts if names)
+    raise UserError(
+        f"{where}: the weights are not this network's (is --inet the model they were trained for?); {told}"
+    )

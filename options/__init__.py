@@ -1,0 +1,135 @@
+"""Command lines into options. Pure: imports neither torch nor any room of the project, creates nothing."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from options import arguments
+
+PUBLISHED_DATA = Path("dataset/reflection-removal")
+DEMO_DATA = Path("dataset/demo")
+
+# What the demo changes where neither the command line nor --config says otherwise: a run of about three
+# minutes on two CPU cores, that works without a download.
+DEMO_RECIPE = {
+    "nEpochs": 4,
+    "epoch_size": 240,
+    "batchSize": 2,
+    "crop_size": 96,
+    "lr": 1e-3,
+    "scheduler": "cosine",
+    "vgg_weights": "random",
+    "precision": "auto",
+    "grad_clip": 1.0,
+    "val_split": 0.2,
+}
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """The parser of train_sirs.py."""
+    parser = argparse.ArgumentParser(
+        prog="train_sirs.py",
+        description="Train a reflection removal network and evaluate it after every epoch.",
+        epilog="./runner.sh GPU MODEL 'COMMENT' [options] sets up Python and calls this program.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    for add in (
+        arguments.add_run,
+        arguments.add_device,
+        arguments.add_model,
+        arguments.add_data,
+        arguments.add_recipe,
+        arguments.add_records,
+    ):
+        add(parser)
+    return parser
+
+
+def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of a training run.
+
+    Args:
+        argv: arguments, by default the command line's.
+
+    Returns:
+        A namespace with every option resolved: `name`, `base_dir` and `demo` (whether the demo set stands in
+        for data that is not there) included.
+
+    Exits with status 2 and one line on stderr for anything wrong, before anything is created.
+    """
+    parser = train_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early, _ = parser.parse_known_args(argv)
+    config = _read_config(parser, early.config) if early.config else {}
+    base_dir = early.base_dir or config.get("base_dir")
+    demo = base_dir is None and not PUBLISHED_DATA.is_dir()
+    parser.set_defaults(**{**(DEMO_RECIPE if demo else {}), **config})
+    options = parser.parse_args(argv)
+    options.demo = demo
+    options.name = options.name or options.inet
+    options.base_dir = options.base_dir or (DEMO_DATA if demo else PUBLISHED_DATA)
+    _check(parser, options)
+    return options
+
+
+def as_text(options: argparse.Namespace) -> dict[str, object]:
+    """Options as plain values, for a YAML file or a checkpoint: a file of them is a valid --config."""
+    plain = {}
+    for key, value in sorted(vars(options).items()):
+        plain[key] = str(value) if isinstance(value, Path) else value
+    return plain
+
+
+def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, object]:
+    """Values of a YAML file, checked as if they had been typed."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path}: expected lines of the form 'option: value'")
+    actions = {action.dest: action for action in parser._actions}
+    derived = {"demo", "config", "help", "list_models"}
+    known = set(actions) - derived
+    typed: list[str] = []
+    for key, value in values.items():
+        if key in derived or value is None:
+            continue
+        if key not in known:
+            parser.error(f"--config {path}: there is no option '{key}'")
+        if isinstance(actions[key], argparse._StoreTrueAction):
+            if not isinstance(value, bool):
+                parser.error(f"--config {path}: {key} is either true or false, not {value!r}")
+            typed += [f"--{key}"] * value
+        elif key == "gpu_ids" and isinstance(value, list):
+            typed.append(f"--gpu_ids={','.join(map(str, value)) or '-1'}")
+        elif isinstance(value, list):
+            typed += [f"--{key}", *map(str, value)]
+        else:
+            typed.append(f"--{key}={value}")
+    parsed = vars(parser.parse_args(typed))
+    return {key: parsed[key] for key in values if key in known and values[key] is not None}
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Combinations that cannot work."""
+    if options.crop_size % 16:
+        parser.error(f"--crop_size {options.crop_size}: must be a multiple of 16")
+    if sum(options.mix) == 0:
+        parser.error("--mix: at least one of the three must be above 0")
+    if options.lr_min > options.lr and options.scheduler != "none":
+        parser.error(f"--lr_min {options.lr_min} is above --lr {options.lr}")
+    if options.weight_path and not options.weight_path.is_file():
+        parser.error(f"--weight_path {options.weight_path}: there is no such file")
+    if options.name in {".", ".."} or "/" in options.name or "\\" in options.name:
+        parser.error(f"--name {options.name}: must be a plain folder name")
+    if not options.demo and not options.base_dir.is_dir():
+        parser.error(f"--base_dir {options.base_dir}: there is no such folder")
+    if options.vgg_weights not in {"imagenet", "random"} and not Path(options.vgg_weights).is_file():
+        parser.error(f"--vgg_weights {options.vgg_weights}: neither 'imagenet', 'random' nor a file")
+    if options.nEpochs == 0 and not (options.weight_path or options.resume):
+        parser.error("--nEpochs 0 only evaluates: say which weights with --weight_path or --resume")

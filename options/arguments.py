@@ -1,0 +1,173 @@
+"""The argument groups that the programs share. Published names are kept, so published commands run unchanged."""
+
+import argparse
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def natural_float(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def gpu_list(text: str) -> list[int]:
+    """argparse type: `0`, `0,1`, or `-1` for no GPU."""
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of indices such as 0 or 0,1") from None
+    if ids == [-1]:
+        return []
+    if min(ids) < 0 or len(set(ids)) != len(ids):
+        raise argparse.ArgumentTypeError(f"'{text}' has a negative or repeated index (-1 alone means the CPU)")
+    return ids
+
+
+def module_of(folder: str):
+    """argparse type: the name of a Python file in `folder`, so that one's own file can be named."""
+
+    def check(name: str) -> str:
+        if not (ROOT / folder / f"{name}.py").is_file():
+            found = sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
+            raise argparse.ArgumentTypeError(f"there is no {folder}/{name}.py; there are {', '.join(found)}")
+        return name
+
+    check.__name__ = "module"
+    return check
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run", "what this run is, where it is kept and how it starts")
+    group.add_argument("--name", metavar="NAME", help="folder of the run under --checkpoints_dir (default: --inet)")
+    group.add_argument("--comment", default="", metavar="TEXT", help="what this run is, recorded with it")
+    group.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+                       help="folder of all runs")  # fmt: skip
+    group.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),
+                       help="continue the run of that name from its last checkpoint, bit for bit; "
+                            "'auto' starts anew where there is none")  # fmt: skip
+    group.add_argument("--weight_path", type=Path, metavar="FILE",
+                       help="start from these weights: a published checkpoint or one of ours; "
+                            "with --nEpochs 0 they are only evaluated")  # fmt: skip
+    group.add_argument("--seed", type=natural_int, default=2018, help="of every random draw")
+    group.add_argument("--config", type=Path, metavar="FILE.yaml",
+                       help="defaults for any option here; the command line wins")  # fmt: skip
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device")
+    group.add_argument("--gpu_ids", type=gpu_list, metavar="IDS",
+                       help="index of the GPU, a list for several (under torchrun), -1 for the CPU "
+                            "(default: a GPU if there is one)")  # fmt: skip
+    group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
+                       help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
+                            "auto: bf16 where the hardware multiplies it natively")  # fmt: skip
+    group.add_argument("--nThreads", type=natural_int, default=min(8, os.cpu_count() or 1), metavar="N",
+                       help="worker processes that make samples, 0 for none")  # fmt: skip
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--inet", default="dsrnet_s", metavar="MODEL",
+                       help="a network of models/arch/__init__.py; --list_models shows them")  # fmt: skip
+    group.add_argument("--list_models", action="store_true", help="print the networks' names and exit")
+    group.add_argument("--model", type=module_of("models"), default="dsrnet_model_sirs", metavar="MODULE",
+                       help="file of models/ with the training step (a function build)")  # fmt: skip
+    group.add_argument("--loss", type=module_of("models"), default="losses", metavar="MODULE",
+                       help="file of models/ with the losses (a class ReflectionLoss)")  # fmt: skip
+    group.add_argument("--vgg_weights", default="imagenet", metavar="imagenet|random|FILE",
+                       help="VGG19's weights: torchvision's, downloaded once; random ones, to try things out; "
+                            "or a file of them")  # fmt: skip
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--base_dir", type=Path, metavar="DIR",
+                       help="the data, laid out as the README shows (default: ./dataset/reflection-removal; "
+                            "where that is missing, a small demo set is made)")  # fmt: skip
+    group.add_argument("--dataset", type=module_of("data"), default="sirs_dataset", metavar="MODULE",
+                       help="file of data/ with the datasets (classes TrainSet and TestSet)")  # fmt: skip
+    group.add_argument("--crop_size", type=positive_int, default=224, metavar="PIXELS",
+                       help="side of the training crops, a multiple of 16")  # fmt: skip
+    group.add_argument("--mix", type=natural_float, nargs=3, default=[0.6, 0.2, 0.2],
+                       metavar=("SYNTHETIC", "REAL", "NATURE"),
+                       help="how often a sample comes from each training set; missing sets are left out "
+                            "and the rest renormalised")  # fmt: skip
+    group.add_argument("--epoch_size", type=natural_int, default=0, metavar="N",
+                       help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
+    group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
+                       help="use at most so many photographs, training pairs and test pairs of each set")  # fmt: skip
+    group.add_argument("--val_split", type=fraction, default=0.05, metavar="SHARE",
+                       help="share of the training pairs held out, by a hash of the file's name, to pick "
+                            "the best epoch; 0 trains on all pairs")  # fmt: skip
+    group.add_argument("--if_align", action="store_true",
+                       help="published protocol: resize test images to multiples of 32 (bicubic); "
+                            "without it they are padded and cropped back")  # fmt: skip
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--nEpochs", type=natural_int, default=25, metavar="N", help="epochs in all; 0 only evaluates")
+    group.add_argument("--batchSize", type=positive_int, default=1, metavar="N", help="samples a step and process")
+    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
+                       help="batches whose gradients are averaged into one step of the optimiser")  # fmt: skip
+    group.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw",
+                       help="adamw decays the weights of convolutions and linear layers, nothing else")  # fmt: skip
+    group.add_argument("--lr", type=natural_float, default=1e-4, help="peak learning rate")
+    group.add_argument("--wd", type=natural_float, default=1e-2, help="weight decay of adamw")
+    group.add_argument("--scheduler", choices=("cosine_iter", "cosine", "none"), default="cosine_iter",
+                       help="cosine_iter: down and up again, stepped every iteration (the -W models); "
+                            "cosine: once over the whole run; none: constant")  # fmt: skip
+    group.add_argument("--period", type=positive_int, default=300, metavar="STEPS",
+                       help="cosine_iter: steps from the peak to the floor")  # fmt: skip
+    group.add_argument("--lr_min", type=natural_float, default=1e-5, metavar="LR", help="floor of both cosines")
+    group.add_argument("--grad_clip", type=natural_float, default=0.0, metavar="NORM",
+                       help="clip the gradient to this norm; 0 does not")  # fmt: skip
+    group.add_argument("--ema", type=fraction, default=0.0, metavar="DECAY",
+                       help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
+                            "0 does not")  # fmt: skip
+    group.add_argument("--lambda_vgg", type=natural_float, default=0.01, help="weight of the perceptual loss")
+    group.add_argument("--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
+
+
+def add_records(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("records")
+    group.add_argument("--best_by", choices=("val", "test"), default="val",
+                       help="what picks the best epoch: PSNR of the held-out pairs, or (as the published models "
+                            "did, which flatters them) of the test sets")  # fmt: skip
+    group.add_argument("--save_every", type=natural_int, default=0, metavar="EPOCHS",
+                       help="keep every so manieth epoch's checkpoint beside last and best; 0 keeps none")  # fmt: skip
+    group.add_argument("--save_steps", type=natural_int, default=500, metavar="STEPS",
+                       help="write the last checkpoint so often within an epoch, too; 0: only after it")  # fmt: skip
+    group.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS",
+                       help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
+    group.add_argument("--panels", type=natural_int, default=4, metavar="N",
+                       help="images of each test set shown in TensorBoard every epoch")  # fmt: skip

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Lint, format, shell scripts, tests. Arguments go to pytest: ./tests/run.sh -k scan
+set -uo pipefail
+# shellcheck source=tools/environment.sh
+. "$(dirname -- "${BASH_SOURCE[0]}")/../tools/environment.sh"
+cd "$ROOT" || exit
+use_environment requirements-dev.txt || exit 1
+PATH=$(dirname -- "$PYTHON"):$PATH # where pip has put shellcheck
+
+summary='' failed=0
+
+# Runs command $2... as step $1, whether or not the ones before it failed.
+step() {
+    local name=$1
+    shift
+    printf '\n== %s\n' "$name"
+    if "$@"; then
+        summary="$summary$name: passed"$'\n'
+    else
+        summary="$summary$name: FAILED"$'\n'
+        failed=1
+    fi
+}
+
+step "ruff check" "$PYTHON" -m ruff check .
+step "ruff format" "$PYTHON" -m ruff format --check .
+if command -v shellcheck >/dev/null; then
+    step "shellcheck" shellcheck -x ./*.sh tests/*.sh tools/*.sh .ci/run
+else
+    summary="${summary}shellcheck: skipped, it is not installed"$'\n'
+fi
+step "pytest" "$PYTHON" -m pytest "$@"
+
+printf '\n%s' "$summary"
+exit "$failed"

@@ -1,0 +1,140 @@
+"""Train a reflection removal network, evaluating it after every epoch: parse, build, fit."""
+
+import os
+import sys
+from pathlib import Path
+
+from options import parse_train
+from util.errors import UserError
+
+
+def main() -> int:
+    """The program; returns its exit status."""
+    options = parse_train()
+    # Only now, so that --help and a mistyped option answer at once.
+    from models.arch import list_models
+
+    if options.list_models:
+        print("\n".join(list_models()))
+        return 0
+    try:
+        return train(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(options) -> int:
+    """Build everything that the options describe, and fit.
+
+    Returns:
+        0; 1 after a loss that wasn't finite; 128 + the signal's number after a signal.
+
+    Raises:
+        UserError: for what a user can put right.
+    """
+    import torch
+
+    import data
+    from data.demo import build_demo
+    from engine import Engine, Interrupted, Loaders, NonFiniteLoss
+    from models import build_model
+    from models.arch import list_models
+    from util import checkpoint
+    from util.distributed import join, wants_bf16
+    from util.records import read_metrics, table
+
+    if options.inet not in list_models():
+        raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
+    world = join(options.gpu_ids)
+    say = print if world.is_main else lambda *_, **__: None
+    folder = Path(world.share(str(_run_folder(options))))
+    if folder.name != options.name:
+        say(f"There is a run '{options.name}' already; this one is '{folder.name}' (--resume continues that one).")
+        options.name = folder.name
+
+    if options.demo:
+        say("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
+        say(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
+        if world.is_main:
+            build_demo(options.base_dir)
+        world.barrier()
+    if options.vgg_weights == "random":
+        say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
+        say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
+    if options.best_by == "test":
+        say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
+
+    sets = data.discover(options)
+    for line in sets.describe():
+        say(line)
+    training = options.nEpochs > 0
+    loaders = Loaders(
+        data.build_train_loader(options, sets, world.rank, world.size) if training else None,
+        data.build_val_loader(options, sets, world.rank, world.size),
+        data.build_test_loaders(options, sets, world.rank, world.size),
+    )
+    _make_repeatable(torch, options.seed)
+    bf16 = wants_bf16(options.precision, world.device)
+    engine = Engine(options, build_model(options, bf16), loaders, world, folder)
+    count = sum(parameter.numel() for parameter in engine.network.parameters())
+    say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}, {world.size} process(es)")
+    if options.resume and (folder / "last.pt").exists():
+        state = checkpoint.load(folder / "last.pt")
+        engine.load_state(state, folder / "last.pt")
+        say(f"resuming {folder} after {engine.epoch} epochs and {engine.step} steps")
+
+    try:
+        engine.fit()
+    except Interrupted as stop:
+        say(f"stopped by {stop.signal}; saved after step {engine.global_step}; --resume continues {folder}")
+        return 128 + stop.number
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        world.close()
+    if world.is_main:
+        print("\n" + table(read_metrics(folder)) + "\n")
+        _say_where_to_look(folder)
+    return 0
+
+
+def _run_folder(options) -> Path:
+    """Where the run is kept: its name's folder, or with a number behind it when that holds another run."""
+    folder = options.checkpoints_dir / options.name
+    if options.resume:
+        if options.resume == "must" and not (folder / "last.pt").exists():
+            runs = sorted(path.parent.name for path in options.checkpoints_dir.glob("*/last.pt"))
+            raise UserError(
+                f"--resume: {folder}/last.pt does not exist; runs that can be resumed: {', '.join(runs) or 'none'} "
+                "(--resume auto starts anew where there is nothing)"
+            )
+        return folder
+    number = 2
+    while folder.exists():
+        folder = options.checkpoints_dir / f"{options.name}-{number}"
+        number += 1
+    return folder
+
+
+def _make_repeatable(torch, seed: int) -> None:
+    """Same seed, same machine: same run, bit for bit."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False
+
+
+def _say_where_to_look(folder: Path) -> None:
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    tensorboard = os.path.relpath(tensorboard) if tensorboard.exists() else "tensorboard"
+    print(f"pictures (mixture, T, its target, R, its target, residue): {folder}/panels/")
+    print(f"every figure:          {folder}/metrics.jsonl, {folder}/per_image/")
+    print(f"weights:               {folder}/last.pt, {folder}/best.pt")
+    print(f"curves and pictures:   {tensorboard} --logdir {folder.parent}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""One process or several: the device of this one, and what the processes tell each other."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    def gather(self, values: list) -> list:
+        """The lists of all processes, one after the other, in every process."""
+        if self.size == 1:
+            return values
+        parts: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
+
+    def share(self, value: object) -> object:
+        """The main process's value, in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([flag], dtype=torch.uint8, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join(gpu_ids: list[int] | None) -> World:
+    """This process's device and rank; joins the others where torchrun started several.
+
+    Args:
+        gpu_ids: --gpu_ids; None takes what there is, an empty list the CPU.
+
+    Raises:
+        UserError: a GPU is asked for that isn't there, or several without torchrun.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    device = _device(gpu_ids, local_rank, size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(device, rank, size)
+
+
+def _device(gpu_ids: list[int] | None, local_rank: int, size: int) -> torch.device:
+    if gpu_ids == []:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if gpu_ids in (None, [0]) and torch.backends.mps.is_available() and size == 1:
+            return torch.device("mps")
+        if gpu_ids:
+            raise UserError(f"--gpu_ids {','.join(map(str, gpu_ids))}: PyTorch finds no such GPU here; -1 is the CPU")
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    ids = list(range(count if size > 1 else 1)) if gpu_ids is None else gpu_ids
+    if max(ids) >= count:
+        raise UserError(f"--gpu_ids {max(ids)}: there is no such GPU; there are {', '.join(map(str, range(count)))}")
+    if len(ids) > 1 and size == 1:
+        raise UserError("several GPUs want one process each: ./runner.sh 0,1 MODEL 'COMMENT', or torchrun")
+    if local_rank >= len(ids):
+        raise UserError(f"{local_rank + 1} processes on this machine, but only {len(ids)} GPUs for them")
+    return torch.device("cuda", ids[local_rank])
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Whether --precision means bfloat16 on this device; "auto" does where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

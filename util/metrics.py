@@ -1,0 +1,80 @@
+"""How close an estimated transmission is to the truth: the four measures that the field reports."""
+
+import cv2
+import numpy as np
+
+PEAK = 255.0
+PSNR_LIMIT = 100.0
+
+_SSIM_WINDOW = 7
+_LMSE_WINDOW = 20
+_LMSE_STEP = 10
+
+
+def quality_assess(estimate: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """PSNR, SSIM, LMSE and NCC of an estimate.
+
+    Args:
+        estimate: (H, W, 3) in 0..255, need not be rounded.
+        target: the truth, same shape and range.
+
+    Returns:
+        `PSNR` in dB and `SSIM` (Wang et al., 2004, uniform 7x7 windows), each the mean over the channels;
+        `LMSE`, the error left once every 20x20 window has its best brightness (Grosse et al., ICCV 2009), 0
+        is best; `NCC`, the correlation of all values, 1 is best, 0 stands for an image without any contrast.
+        A channel's PSNR counts 100 dB at most, so that averages stay finite where images are equal.
+
+    Raises:
+        ValueError: shapes differ, are not (H, W, 3), or a side is shorter than SSIM's window of 7 pixels.
+    """
+    if estimate.shape != target.shape:
+        raise ValueError(f"estimate {estimate.shape} and target {target.shape} differ in shape")
+    if target.ndim != 3 or target.shape[2] != 3:
+        raise ValueError(f"images must be (H, W, 3), not {target.shape}")
+    if min(target.shape[:2]) < _SSIM_WINDOW:
+        raise ValueError(
+            f"{target.shape[1]}x{target.shape[0]} pixels are fewer than SSIM's {_SSIM_WINDOW}x{_SSIM_WINDOW}"
+        )
+    # float64 for the whole of it: SSIM and LMSE take differences of sums of squares
+    x, y = (np.ascontiguousarray(image, np.float64) for image in (estimate, target))
+    return {"PSNR": _psnr(x, y), "SSIM": _ssim(x, y), "LMSE": _lmse(x, y), "NCC": _ncc(x, y)}
+
+
+def _psnr(x: np.ndarray, y: np.ndarray) -> float:
+    error = np.square(x - y).mean((0, 1))
+    floor = PEAK**2 / 10 ** (PSNR_LIMIT / 10)
+    return float(np.mean(10 * np.log10(PEAK**2 / np.maximum(error, floor))))
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Over windows that lie within the image, with unbiased variances."""
+    count = _SSIM_WINDOW**2
+    mean_x, mean_y, xx, yy, xy = (_sums(v, _SSIM_WINDOW) / count for v in (x, y, x * x, y * y, x * y))
+    unbiased = count / (count - 1)
+    spread_x, spread_y = unbiased * (xx - mean_x**2), unbiased * (yy - mean_y**2)
+    spread_xy = unbiased * (xy - mean_x * mean_y)
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    likeness = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return float(np.mean(likeness * (2 * spread_xy + c2) / (spread_x + spread_y + c2)))
+
+
+def _lmse(x: np.ndarray, y: np.ndarray) -> float:
+    """Sum of all windows' errors at their best scales over that of their energies; sides below 20 px fit one."""
+    xx, yy, xy = (_sums(v, _LMSE_WINDOW)[::_LMSE_STEP, ::_LMSE_STEP] for v in (x * x, y * y, x * y))
+    # min over s of |s x - y|^2 is yy - xy^2 / xx, and yy for a black estimate
+    explained = np.divide(xy * xy, xx, out=np.zeros_like(xx), where=xx > 1e-5)
+    energy = yy.sum()
+    return float(np.maximum(yy - explained, 0).sum() / energy) if energy > 0 else 0.0
+
+
+def _ncc(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt(np.square(x).sum() * np.square(y).sum())
+    return float(np.sum(x * y) / scale) if scale > 0 else 0.0
+
+
+def _sums(values: np.ndarray, window: int) -> np.ndarray:
+    """Sums over all square windows that lie within (H, W, 3), (H - window + 1, W - window + 1, 3)."""
+    high, wide = (min(window, side) for side in values.shape[:2])
+    sums = cv2.boxFilter(values, cv2.CV_64F, (wide, high), anchor=(0, 0), normalize=False)
+    return sums[: values.shape[0] - high + 1, : values.shape[1] - wide + 1]

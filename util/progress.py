@@ -1,0 +1,63 @@
+"""Progress of long work: a bar on a terminal, a line every so often in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Counts steps of one piece of work.
+
+    Args:
+        title: what the work is.
+        total: steps in all.
+        start: steps done already.
+        quiet: show nothing (all processes but one).
+    """
+
+    def __init__(self, title: str, total: int, start: int = 0, quiet: bool = False):
+        self.title, self.total, self.done, self.start = title, total, start, start
+        self.began = self.last_line = time.monotonic()
+        self.quiet = quiet
+        self.bar = None
+        if not quiet and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, desc=title, dynamic_ncols=True, leave=False)
+
+    def step(self, told: str = "") -> None:
+        """One step done; `told` is shown behind it."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.update()
+            return
+        now = time.monotonic()
+        if not self.quiet and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            print(f"{self.title}: {self.done}/{self.total}, {_minutes(left)} left  {told}", flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def track(items: Iterable, title: str, total: int, quiet: bool = False) -> Iterator:
+    """The items, with progress shown."""
+    progress = Progress(title, total, quiet=quiet)
+    try:
+        for item in items:
+            yield item
+            progress.step()
+    finally:
+        progress.close()
+
+
+def _minutes(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

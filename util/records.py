@@ -1,0 +1,187 @@
+"""The one record of a run: what it was told, what it measured, what it made.
+
+In the run's folder: options.yaml, metrics.jsonl (a line per epoch and set), per_image/epoch_NNN.csv, panels/ (the
+newest picture of each set) and TensorBoard's events. Everything that shows or compares runs reads these.
+"""
+
+import argparse
+import csv
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from options import as_text
+from util.images import write_image
+
+METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
+PUBLISHED_SETS = ("real20_420", "SolidObjectDataset", "PostcardDataset", "WildSceneDataset")
+"""The sets of the published average, weighted by their image counts."""
+
+
+class Record:
+    """Writes the record of one run; in processes other than the main one, nothing.
+
+    Args:
+        folder: of the run; made if missing.
+        options: written to options.yaml.
+        epochs_done: how many epochs the record may hold; lines of later ones, which a resumed run repeats, go.
+        step: of the optimiser; TensorBoard's points from there on go.
+        active: whether this process writes.
+    """
+
+    def __init__(self, folder: Path, options: argparse.Namespace, epochs_done: int, step: int, active: bool = True):
+        self.folder, self.active = folder, active
+        self.lines: list[dict] = []
+        if not active:
+            return
+        (folder / "per_image").mkdir(parents=True, exist_ok=True)
+        (folder / "panels").mkdir(exist_ok=True)
+        head = f"# {options.comment!r}, started {time.strftime('%Y-%m-%d %H:%M:%S')}, torch {torch.__version__}, "
+        head += f"{platform.platform()}\n"
+        text = yaml.safe_dump(as_text(options), sort_keys=True, allow_unicode=True)
+        (folder / "options.yaml").write_text(head + text, encoding="utf-8")
+        self.metrics_path = folder / "metrics.jsonl"
+        self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epochs_done]
+        self._rewrite()
+        self.writer = SummaryWriter(folder, purge_step=step if step else None)
+        self.writer.add_text("options", f"{options.comment}\n\n```yaml\n{text}```", step)
+
+    def has_input(self, name: str) -> bool:
+        """Whether the untouched input of a set has been measured."""
+        return any(line["set"] == name and line["estimate"] == "input" for line in self.lines)
+
+    def evaluation(self, epoch: int, step: int, name: str, rows: list[dict], seconds: float) -> None:
+        """The images of one set, each with its metrics and those of its untouched input, become its lines.
+
+        Args:
+            rows: per image {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+        """
+        if not self.active:
+            return
+        if not self.has_input(name):
+            self._line(0, 0, name, "input", len(rows), _mean([row["input"] for row in rows]), 0.0)
+        self._line(epoch, step, name, "model", len(rows), _mean([row["model"] for row in rows]), seconds)
+        path = self.folder / "per_image" / f"epoch_{epoch:03}.csv"
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            if new:
+                table.writerow(["set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS)])
+            for row in rows:
+                values = [*(row["model"][m] for m in METRICS), *(row["input"][m] for m in METRICS)]
+                table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
+
+    def start_evaluation(self, epoch: int) -> None:
+        """Forget what an evaluation of this epoch that was cut off has left."""
+        if self.active:
+            (self.folder / "per_image" / f"epoch_{epoch:03}.csv").unlink(missing_ok=True)
+
+    def averages(self, epoch: int, step: int) -> None:
+        """Count-weighted averages over all test sets, and over the published ones where all are there."""
+        if not self.active:
+            return
+        for title, wanted in (("average", None), ("average_published", PUBLISHED_SETS)):
+            for estimate, at in (("input", 0), ("model", epoch)):
+                lines = [
+                    line
+                    for line in self.lines
+                    if line["epoch"] == at
+                    and line["estimate"] == estimate
+                    and line["set"] != "val"
+                    and not line["set"].startswith("average")
+                    and (wanted is None or line["set"] in wanted)
+                ]
+                enough = len(lines) == len(wanted) if wanted else bool(lines)
+                if enough and not (estimate == "input" and self.has_input(title)):
+                    counts = [line["count"] for line in lines]
+                    values = {m: float(np.average([line[m] for line in lines], weights=counts)) for m in METRICS}
+                    seconds = sum(line["seconds"] for line in lines)
+                    self._line(at, step if at else 0, title, estimate, sum(counts), values, seconds)
+
+    def latest(self, name: str, metric: str = "PSNR") -> float | None:
+        """The newest value of the model on a set."""
+        for line in reversed(self.lines):
+            if line["set"] == name and line["estimate"] == "model":
+                return line[metric]
+        return None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Points of TensorBoard's curves."""
+        if self.active:
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+
+    def panel(self, step: int, name: str, images: list[np.ndarray]) -> None:
+        """A set's picture: rows of (H, W, 3) images in 0..1, to TensorBoard and, the newest only, to panels/."""
+        if self.active and images:
+            width = max(image.shape[1] for image in images)
+            padded = [np.pad(i, ((0, 8), (0, width - i.shape[1]), (0, 0)), constant_values=1.0) for i in images]
+            picture = np.concatenate(padded)
+            self.writer.add_image(f"panels/{name}", picture, step, dataformats="HWC")
+            write_image(self.folder / "panels" / f"{name}.png", picture)
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self.active:
+            self.writer.close()
+
+    def _line(
+        self, epoch: int, step: int, name: str, estimate: str, count: int, values: dict, seconds: float
+    ) -> None:
+        line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": count}
+        line |= {metric: values[metric] for metric in METRICS} | {"seconds": round(seconds, 3)}
+        self.lines.append(line)
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if estimate == "model":
+            self.scalars(step, {f"{name}/{metric}": values[metric] for metric in METRICS})
+
+    def _rewrite(self) -> None:
+        temporary = self.metrics_path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        temporary.replace(self.metrics_path)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    """The last evaluation as a table: every set's untouched input, the model, the gain."""
+    model = [line for line in lines if line["estimate"] == "model"]
+    if not model:
+        return "nothing has been evaluated"
+    epoch = model[-1]["epoch"]
+    rows = [("set", "images", "input PSNR/SSIM", f"epoch {epoch} PSNR/SSIM", "gain PSNR/SSIM")]
+    for line in (line for line in model if line["epoch"] == epoch):
+        before = next(i for i in lines if i["set"] == line["set"] and i["estimate"] == "input")
+        rows.append(
+            (
+                line["set"],
+                str(line["count"]),
+                f"{before['PSNR']:6.2f} / {before['SSIM']:.3f}",
+                f"{line['PSNR']:6.2f} / {line['SSIM']:.3f}",
+                f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
