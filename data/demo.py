@@ -64,7 +64,7 @@ def build_demo(folder: Path) -> None:
 
 def _is_complete(folder: Path) -> bool:
     readme = folder / "README.txt"
-    return readme.is_file() and readme.read_text(encoding="utf-8") == _README
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace") == _README
 
 
 def _write(folder: Path) -> None:

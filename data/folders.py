@@ -26,7 +26,7 @@ _LAYOUT = f"""Expected below it, any part of which may be missing:
   {PAIR_SETS["nature"]}/{{blended,transmission_layer}}/  pairs of the same name
   test/ANY/NAME/{{blended,transmission_layer[,reflection_layer]}}/  pairs to test on"""
 _MOST_PROBLEMS = 50
-_CHECKERS = 8  # threads: checking mostly waits for the disk
+_CHECKERS = 4  # threads: checking mostly waits for the disk
 _PATIENCE = 2.0  # seconds before a progress bar is worth showing
 
 
@@ -41,6 +41,7 @@ class Pair:
 
     @property
     def files(self) -> list[Path]:
+        """All of them, the mixture first."""
         return [file for file in (self.mixture, self.transmission, self.reflection) if file]
 
 
@@ -134,12 +135,13 @@ def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, i
 
 def _images(folder: Path) -> list[Path]:
     """Image files of a folder by name, none where there is no folder."""
-    if not folder.is_dir():
+    try:
+        files = sorted(folder.iterdir(), key=lambda file: file.name)
+    except FileNotFoundError:
         return []
-    files = (
-        file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
-    return sorted(files, key=lambda file: file.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
+    return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
 
 def _pairs(folder: Path, problems: list[str]) -> list[Pair]:

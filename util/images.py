@@ -77,10 +77,10 @@ def check_image(path: Path) -> tuple[int, int]:
         UserError: as `read_image`; a truncated file included.
     """
     with _opened(path) as image:
+        if not _ends_well(path, image.format):
+            return ImageOps.exif_transpose(image).size
         # The base class's getexif: the PNG reader's own decodes the whole image to look for EXIF behind it.
         turned = Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5
-        if not _ends_well(path, image.format):
-            image.load()
         return image.size[::-1] if turned else image.size
 
 

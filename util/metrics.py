@@ -59,7 +59,7 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _lmse(x: np.ndarray, y: np.ndarray) -> float:
-    """Sum of all windows' errors at their best scales over that of their energies; sides below 20 px fit one."""
+    """Errors of all windows at their best scales over their energies; a side below 20 px is one window."""
     xx, yy, xy = (_sums(v, _LMSE_WINDOW)[::_LMSE_STEP, ::_LMSE_STEP] for v in (x * x, y * y, x * y))
     # min over s of |s x - y|^2 is yy - xy^2 / xx, and yy for a black estimate
     explained = np.divide(xy * xy, xx, out=np.zeros_like(xx), where=xx > 1e-5)

@@ -24,6 +24,7 @@ from functools import cache, partial, reduce
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from numba import int64, types
 from numba.core import cgutils
@@ -35,7 +36,6 @@ TILE = 64  # steps between two stored states
 ROW = 4 * LANES  # bytes of one vector
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-INLINE_UPDATES = 1 << 17  # state updates below which waking other threads costs more than it saves
 
 
 def njit(function):
@@ -341,13 +341,6 @@ def at(tensor, image, step):
     return tensor[0] + image * tensor[1] + step * tensor[3]
 
 
-@njit
-def scratch(vectors):
-    """Room for `vectors` vectors, and the address, a multiple of 64, where it begins."""
-    memory = np.empty((vectors + 1) * LANES, np.float32)
-    return memory, (memory.ctypes.data + ROW - 1) // ROW * ROW
-
-
 # The scan ------------------------------------------------------------------------------------------------
 #
 # Packed by blocks of sixteen channels: A (blocks, n, 16), times log2(e) since every exponential is a power of
@@ -358,12 +351,11 @@ def scratch(vectors):
 Shape = types.UniTuple(int64, 4)
 
 
-@kernel((int64, int64, Shape, types.boolean, types.boolean) + (int64,) * 5 + (Strided,) * 6)
-def forward(first, last, shape, use_softplus, use_z, A, D, bias, h, saved, B, C, u, delta, z, y):
-    """Tasks `first` to `last` - 1: fills y, saved, and h with the last state."""
+@kernel((int64, int64, int64, Shape, types.boolean, types.boolean) + (int64,) * 5 + (Strided,) * 6)
+def forward(scratch, first, last, shape, use_softplus, use_z, A, D, bias, h, saved, B, C, u, delta, z, y):
+    """Tasks `first` to `last` - 1: fills y, saved, and h with the last state. Scratch: 4 TILE vectors."""
     d, length, n, blocks = shape
-    memory, room = scratch(4 * TILE)
-    u_tile, delta_tile, z_tile, y_tile = [room + i * TILE * ROW for i in range(4)]
+    u_tile, delta_tile, z_tile, y_tile = [scratch + i * TILE * ROW for i in range(4)]
     for task in range(first, last):
         image, block = task // blocks, task % blocks
         channel = block * LANES
@@ -402,16 +394,16 @@ def forward(first, last, shape, use_softplus, use_z, A, D, bias, h, saved, B, C,
             write_tile(y, image, channel, channels, start, steps, y_tile)
 
 
-@kernel((int64, int64, Shape, int64, types.boolean, types.boolean) + (int64,) * 10 + (Strided,) * 9)
+@kernel((int64, int64, int64, Shape, int64, types.boolean, types.boolean) + (int64,) * 10 + (Strided,) * 9)
 def backward(
-    first, last, shape, group, use_softplus, use_z,
+    scratch, first, last, shape, group, use_softplus, use_z,
     A, D, bias, saved, dA, dD, dbias, dh, dB, dC,
     B, C, u, delta, z, dy, du, ddelta, dz,
 ):  # fmt: skip
     """Tasks `first` to `last` - 1 of the adjoint: fills du, ddelta, dz; per image packed dA, dD, dbias; and per
     task dB, dC, (steps rounded up to whole tiles, n), sums over the `group` blocks of channels of the task.
 
-    dh (like h) holds the gradient of the last state and is used up.
+    dh (like h) holds the gradient of the last state and is used up. Scratch: TILE (8 + 4 n) + n vectors.
 
     With g_t = C_t dy_t + a_{t+1} g_{t+1}, the gradient of the state h_t = a_t h_{t-1} + delta_t u_t B_t:
     du_t = D dy_t + delta_t sum_n g_t B_t            dB_t = sum_d g_t delta_t u_t     dC_t = sum_d dy_t h_t
@@ -419,11 +411,10 @@ def backward(
     """
     d, length, n, blocks = shape
     tiles, groups = (length + TILE - 1) // TILE, (blocks + group - 1) // group
-    memory, room = scratch(TILE * (8 + 4 * n) + n)
     u_tile, delta_tile, z_tile, dy_tile, dt_tile, du_tile, ddelta_tile, dz_tile = [
-        room + i * TILE * ROW for i in range(8)
+        scratch + i * TILE * ROW for i in range(8)
     ]
-    states = room + 8 * TILE * ROW  # before each step; (TILE + 1, n, 16)
+    states = scratch + 8 * TILE * ROW  # before each step; (TILE + 1, n, 16)
     decays, dB_tile, dC_tile = [states + (n + i * TILE * n) * ROW for i in range(1, 4)]  # (TILE, n, 16) each
     one = constant(1.0)
     for task in range(first, last):
@@ -513,83 +504,110 @@ def backward(
                 store(dC + 4 * (done + i), row_sums(dC_tile + i * ROW))
 
 
+@kernel((int64, int64, int64, Shape, int64, int64, int64, Strided, Strided))
+def sum_groups(scratch, first, last, shape, groups, dB, dC, B_sum, C_sum):
+    """Tasks `first` to `last` - 1, each one tile of one image: adds up what `backward` left for every group of
+    channels, always in the same order. Scratch: TILE n / 16 vectors."""
+    _, length, n, _ = shape
+    tiles = (length + TILE - 1) // TILE
+    for task in range(first, last):
+        image, tile = task // tiles, task % tiles
+        start = tile * TILE
+        for parts, total in ((dB, B_sum), (dC, C_sum)):
+            part = parts + 4 * (image * groups * tiles + tile) * TILE * n
+            for i in range(0, 4 * TILE * n, ROW):
+                numbers = load(part + i)
+                for group in range(1, groups):
+                    numbers = numbers + load(part + i + 4 * group * tiles * TILE * n)
+                store(scratch + i, numbers)
+            for t in range(min(TILE, length - start)):
+                address = at(total, image, start + t)
+                for i in range(n):
+                    copy_number(scratch + 4 * (t * n + i), address + i * total[2])
+
+
 # From tensors to addresses -----------------------------------------------------------------------------
 
 
-def scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y like u, the last state (batch, d, n), and the states that `scan_backward` wants; the latter float32."""
+def runs_on(device: str) -> bool:
+    return device == "cpu"
+
+
+def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
+    """The states with which tiles begin: a quarter of u's size for sixteen states."""
+    return batch, -(-d // LANES), -(-length // TILE), n, LANES
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y like u, the last state, and what `scan_backward` wants to know; all float32."""
     batch, d, length = u.shape
     n = A.shape[1]
-    blocks, tiles = -(-d // LANES), -(-length // TILE)
-    saved = u.new_empty(batch, blocks, tiles, n, LANES, dtype=torch.float32)
+    saved = u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32)
+    blocks = saved.shape[1]
     h = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
     y = torch.empty_like(u, dtype=torch.float32)
-    packed = [_packed_A(A), _packed(D, d), _packed(delta_bias, d)]
-    read = [t.float() for t in (B, C, u, delta, u if z is None else z)]
     _run(
-        forward, batch * blocks, y.numel() * n, ((d, length, n, blocks), delta_softplus, z is not None),
-        [*packed, h, saved], [*read, y],
-    )  # fmt: skip
-    return y.to(u.dtype), _unpacked(h, d), saved
+        forward,
+        tasks=batch * blocks,
+        scratch=4 * TILE,
+        settings=((d, length, n, blocks), delta_softplus, z is not None),
+        packed=(_packed_states(A[None] * LOG2E), _packed(D, d), _packed(delta_bias, d), h, saved),
+        strided=(B, C, u, delta, u if z is None else z, y),
+    )
+    return y, _unpacked(h, d), saved, u.new_empty(0)
 
 
 def scan_backward(
-    dy: Tensor, dlast: Tensor | None, saved: Tensor,
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    delta_bias: Tensor | None, delta_softplus: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias, in float32, from those of y and the last state."""
     batch, d, length = u.shape
     n = A.shape[1]
-    blocks, tiles = -(-d // LANES), -(-length // TILE)
+    blocks, tiles = saved.shape[1:3]
     group = -(-2 * n // LANES)  # so many blocks that dB and dC of all groups take no more memory than u
     groups = -(-blocks // group)
-    dh = _packed_states(dlast, batch, d, n)
-    dA = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
-    dD, dbias = (u.new_empty(batch, blocks, LANES, dtype=torch.float32) for _ in range(2))
-    dB, dC = (u.new_empty(batch, groups, tiles * TILE, n, dtype=torch.float32) for _ in range(2))
-    du, ddelta, dz = (torch.empty_like(t, dtype=torch.float32) for t in (u, delta, u[:, :0] if z is None else z))
-    packed = [_packed_A(A), _packed(D, d), _packed(delta_bias, d), saved]
-    read = [t.float() for t in (B, C, u, delta, u if z is None else z, dy)]
+    shape = d, length, n, blocks
+    new = partial(u.new_empty, dtype=torch.float32)
+    du, ddelta, dz = (torch.empty_like(t, dtype=torch.float32) for t in (u, delta, u[:0] if z is None else z))
+    dA, dD, dbias = new(batch, blocks, n, LANES), new(batch, blocks, 1, LANES), new(batch, blocks, 1, LANES)
+    dB_parts, dC_parts = (new(batch, groups, tiles * TILE, n) for _ in range(2))
+    dB, dC = (torch.empty_like(t, dtype=torch.float32) for t in (B, C))
+    dh = _packed_states(A.new_zeros(batch, d, n) if dlast is None else dlast)
     _run(
-        backward, batch * groups, 3 * u.numel() * n,
-        ((d, length, n, blocks), group, delta_softplus, z is not None),
-        [*packed, dA, dD, dbias, dh, dB, dC], [*read, du, ddelta, dz],
-    )  # fmt: skip
-    return (
-        du,
-        ddelta,
-        _unpacked(_sum(dA, 0), d),
-        _sum(dB, 1)[:, :length].mT,
-        _sum(dC, 1)[:, :length].mT,
-        _sum(dD, 0).flatten()[:d],
-        None if z is None else dz,
-        _sum(dbias, 0).flatten()[:d],
+        backward,
+        tasks=batch * groups,
+        scratch=TILE * (8 + 4 * n) + n,
+        settings=(shape, group, delta_softplus, z is not None),
+        packed=(
+            *(_packed_states(A[None] * LOG2E), _packed(D, d), _packed(delta_bias, d), saved),
+            *(dA, dD, dbias, dh, dB_parts, dC_parts),
+        ),
+        strided=(B, C, u, delta, u if z is None else z, dy, du, ddelta, dz),
     )
+    _run(
+        sum_groups,
+        tasks=batch * tiles,
+        scratch=TILE * n // LANES,
+        settings=(shape, groups),
+        packed=(dB_parts, dC_parts),
+        strided=(dB, dC),
+    )
+    dA, dD, dbias = (_unpacked(reduce(torch.add, part), d) for part in (dA, dD, dbias))
+    return du, ddelta, dA, dB, dC, dD[:, 0], None if z is None else dz, dbias[:, 0]
 
 
 def _packed(values: Tensor | None, d: int) -> Tensor:
     """(d) -> (blocks, 16), filled up with zeros; None is zero."""
-    packed = torch.zeros(-(-d // LANES) * LANES)
+    packed = torch.zeros(-(-d // LANES), LANES)
     if values is not None:
-        packed[:d] = values
-    return packed.view(-1, LANES)
+        packed.view(-1)[:d] = values
+    return packed
 
 
-def _packed_states(states: Tensor | None, batch: int, d: int, n: int) -> Tensor:
-    """(batch, d, n) -> (batch, blocks, n, 16), filled up with zeros; None is zero."""
-    padded = torch.zeros(batch, -(-d // LANES) * LANES, n)
-    if states is not None:
-        padded[:, :d] = states
+def _packed_states(states: Tensor) -> Tensor:
+    """(batch, d, n) -> (batch, blocks, n, 16), float32, filled up with zeros."""
+    padded = F.pad(states.float(), (0, 0, 0, -states.shape[1] % LANES))
     return padded.unflatten(1, (-1, LANES)).mT.contiguous()
-
-
-def _packed_A(A: Tensor) -> Tensor:
-    """(d, n) -> (blocks, n, 16), times log2(e)."""
-    return _packed_states(A * LOG2E, 1, *A.shape)[0]
 
 
 def _unpacked(states: Tensor, d: int) -> Tensor:
@@ -597,25 +615,22 @@ def _unpacked(states: Tensor, d: int) -> Tensor:
     return states.mT.flatten(-3, -2)[..., :d, :].contiguous()
 
 
-def _sum(parts: Tensor, dim: int) -> Tensor:
-    """Sum in the order of the parts, whatever the number of threads."""
-    return reduce(torch.add, parts.unbind(dim))
-
-
-def _run(kernel, tasks: int, updates: int, settings: tuple, packed: list[Tensor], strided: list[Tensor]) -> None:
-    """All tasks of a kernel, by as many threads as torch uses."""
+def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strided: tuple) -> None:
+    """All tasks of a kernel, by as many threads as torch uses, each with room for `scratch` vectors."""
+    strided = [t.float() for t in strided]  # what isn't float32 is only read
     addresses = [t.data_ptr() for t in packed]
     views = [(t.data_ptr(), *(4 * stride for stride in t.stride())) for t in strided]
-    threads = torch.get_num_threads() if updates > INLINE_UPDATES else 1
+    threads = min(tasks, torch.get_num_threads())
     pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
-    bounds = [tasks * i // pieces for i in range(pieces + 1)]
-    waiting = itertools.pairwise(bounds)
+    waiting = itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])
 
     def work() -> None:
+        memory = torch.empty((scratch + 1) * LANES)
+        aligned = -(-memory.data_ptr() // ROW) * ROW
         for first, last in waiting:
-            kernel(first, last, *settings, *addresses, *views)
+            kernel(aligned, first, last, *settings, *addresses, *views)
 
-    helpers = [_pool(threads).submit(work) for _ in range(min(threads, pieces) - 1)]
+    helpers = [_pool(threads).submit(work) for _ in range(threads - 1)]
     work()
     for helper in helpers:
         helper.result()

@@ -1,0 +1,41 @@
+"""The selective scan (S6) of Mamba as one registered torch operator with several backends.
+
+Symbols, as in Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces":
+
+    u      (batch, d, length)   the input sequence, d channels
+    delta  (batch, d, length)   the step size of every channel at every step
+    A      (d, n)               the state matrix, diagonal for every channel, negative so that states decay
+    B      (batch, n, length)   how the input enters the n states
+    C      (batch, n, length)   how the states become the output
+    D      (d)                  the skip connection
+    z      (batch, d, length)   the gate
+    h      (batch, d, n)        the state
+
+    delta_t = softplus(delta_t + delta_bias)
+    h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t         (section 3.2: the discretised system)
+    y_t     = (C_t h_t + D u_t) silu(z_t)
+
+Every backend is a module with the same three functions, `scan`, `scan_backward` and `saved_shape`:
+
+    reference.py   the recurrence in plain torch: what the others are compared with
+    cpu.py         compiled by numba; vectors of sixteen channels
+    gpu.py         Triton, for any GPU that torch's own Triton knows; parallel over chunks of the length too
+    package.py     the CUDA kernel of the `mamba_ssm` package
+
+`operator.py` is the operator, `backends.py` chooses who computes it, `causal_conv.py` is the short convolution
+that precedes the scan in a Mamba layer.
+"""
+
+from models.scan.backends import BACKENDS, available_backends, set_backend
+from models.scan.causal_conv import causal_conv1d
+from models.scan.operator import selective_scan
+from models.scan.reference import selective_scan_reference
+
+__all__ = [
+    "BACKENDS",
+    "available_backends",
+    "causal_conv1d",
+    "selective_scan",
+    "selective_scan_reference",
+    "set_backend",
+]

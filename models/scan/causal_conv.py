@@ -1,0 +1,51 @@
+"""The short causal convolution over each channel that precedes the scan in a Mamba layer."""
+
+import logging
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger("scan")
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """y_t = activation(sum_k weight_k x_{t - width + 1 + k} + bias), each channel by itself.
+
+    Args:
+        x: (batch, d, length).
+        weight: (d, width).
+        bias: (d).
+        activation: "silu" or None.
+
+    Uses the CUDA kernel of the `causal_conv1d` package where that works (tried once on a tiny tensor), else
+    torch. Raises ValueError for another activation.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation is {activation!r}, not 'silu' or None")
+    if x.is_cuda and _package_works():
+        return _package()(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
+    width = weight.shape[1]
+    y = F.conv1d(x, weight[:, None], bias, padding=width - 1, groups=len(weight))[..., : x.shape[2]]
+    return y if activation is None else F.silu(y)
+
+
+def _package():
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _package_works() -> bool:
+    try:
+        x = torch.ones(1, 8, 8, device="cuda")
+        _package()(x, x[0, :, :4].contiguous(), x[0, :, 0].contiguous(), activation="silu")
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever an installation can get wrong
+        logger.info("causal convolution: torch, not causal_conv1d: %s: %s", type(error).__name__, error)
+        return False
+    logger.info("causal convolution: the CUDA kernel of causal_conv1d")
+    return True

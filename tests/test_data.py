@@ -1,0 +1,573 @@
+"""Folders, augmentation, datasets and loaders."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data import EpochSampler, build_test_loaders, build_train_loader, build_val_loader, discover
+from data.sirs_dataset import TestSet, TrainSet
+from data.transforms import Augmentation, augment, generator, scaled_size
+from options import parse_train
+from util.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
+
+
+def write(path: Path, seed: int, width: int = 28, height: int = 20) -> None:
+    """A small image of smoothed noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+def write_pairs(folder: Path, names, layers=("blended", "transmission_layer"), **size) -> None:
+    for i, name in enumerate(names):
+        for j, layer in enumerate(layers):
+            write(folder / layer / f"{name}.png", 100 * i + j, **size)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A whole small data set: 8 photographs, 5 real and 4 nature pairs, two test sets."""
+    for i in range(8):
+        write(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=30 - i)
+    write_pairs(tmp_path / "train/real", [f"r{i}" for i in range(5)])
+    write_pairs(tmp_path / "train/nature", [f"n{i}" for i in range(4)])
+    write_pairs(
+        tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer")
+    )
+    write_pairs(tmp_path / "test/real20_420", ["3", "4", "9"], width=70, height=50)
+    return tmp_path
+
+
+def options_for(base: Path, *more: str):
+    return parse_train(["--base_dir", str(base), "--crop_size", "16", "--nThreads", "0", *map(str, more)])
+
+
+def batches(loader, epoch: int = 0, step: int = 0) -> list[dict]:
+    loader.batch_sampler.seek(epoch, step)
+    return list(loader)
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    assert [batch["name"] for batch in ours] == [batch["name"] for batch in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("input", "target_t", "target_r"):
+            assert torch.equal(mine[key], other[key])
+
+
+class TestFolders:
+    def test_finds_everything(self, base):
+        sets = discover(options_for(base, "--val_split", 0))
+        assert [file.name for file in sets.photographs] == [f"photo{i}.png" for i in range(8)]
+        assert sets.sizes == {"synthetic": 4, "real": 5, "nature": 4}
+        assert sets.mix == pytest.approx({"synthetic": 0.6, "real": 0.2, "nature": 0.2})
+        assert {name: [p.name for p in pairs] for name, pairs in sets.tests.items()} == {
+            "PostcardDataset": ["a", "b"],
+            "real20_420": ["3", "4", "9"],
+        }
+        assert sets.tests["PostcardDataset"][0].reflection
+        assert sets.tests["real20_420"][0].reflection is None
+        assert sets.validation == []
+        described = "\n".join(sets.describe())
+        assert "synthetic 4 (60%), real 5 (20%), nature 4 (20%)" in described
+        assert "PostcardDataset 2, real20_420 3" in described
+        assert "not there to test on: SolidObjectDataset, WildSceneDataset, Nature" in described
+
+    def test_missing_sets_are_named_and_the_rest_renormalised(self, base):
+        (base / "train/nature").rename(base / "elsewhere")
+        sets = discover(options_for(base, "--mix", 0.6, 0.2, 0.2))
+        assert sets.mix == pytest.approx({"synthetic": 0.75, "real": 0.25})
+        assert "nature (train/nature)" in "\n".join(sets.missing)
+        assert "synthetic 75%, real 25%" in "\n".join(sets.missing)
+
+    def test_a_single_photograph_makes_no_synthetic_pair(self, base):
+        for file in list((base / PHOTOGRAPHS).iterdir())[1:]:
+            file.unlink()
+        assert set(discover(options_for(base)).mix) == {"real", "nature"}
+
+    def test_a_set_that_the_mix_leaves_out_is_not_counted(self, base):
+        sets = discover(options_for(base, "--mix", 0.7, 0.3, 0, "--val_split", 0))
+        assert sets.sizes == {"synthetic": 4, "real": 5}
+        assert not any("train on" in line for line in sets.missing)
+
+    def test_a_mix_of_nothing_that_is_there_is_an_error(self, base):
+        (base / "train/nature").rename(base / "elsewhere")
+        with pytest.raises(UserError, match=r"--mix 0.0 0.0 1.0: .*synthetic, real"):
+            discover(options_for(base, "--mix", 0, 0, 1))
+
+    def test_nothing_there_is_an_error_that_shows_the_layout(self, tmp_path):
+        with pytest.raises(UserError, match="anything to train on") as error:
+            discover(options_for(tmp_path))
+        assert f"--base_dir {tmp_path}" in str(error.value)
+        assert PHOTOGRAPHS in str(error.value)
+        assert "transmission_layer" in str(error.value)
+
+    def test_evaluation_alone_needs_only_test_sets(self, base, tmp_path):
+        options = options_for(base)
+        options.nEpochs = 0
+        (base / "train/real/blended/r0.png").write_bytes(b"broken, but nobody asks")
+        sets = discover(options)
+        assert set(sets.tests) == {"PostcardDataset", "real20_420"}
+        assert sets.mix == sets.pairs == {}
+        (base / "test").rename(base / "elsewhere")
+        with pytest.raises(UserError, match="there isn't a test set"):
+            discover(options)
+
+    def test_training_alone_needs_no_test_set(self, base):
+        (base / "test").rename(base / "elsewhere")
+        sets = discover(options_for(base))
+        assert sets.tests == {}
+        assert "real20_420" in sets.missing[-1]
+
+    def test_test_sets_may_lie_at_any_depth_and_share_names(self, base):
+        write_pairs(base / "test/mine/very/deep", "a")
+        write_pairs(base / "test/one/same", "a")
+        write_pairs(base / "test/two/same", "a")
+        (base / "test/two/circle").symlink_to(base / "test")
+        (base / "test/empty/blended").mkdir(parents=True)
+        (base / "test/empty/transmission_layer").mkdir()
+        assert set(discover(options_for(base)).tests) == {
+            "PostcardDataset", "real20_420", "deep", "one/same", "two/same",
+        }  # fmt: skip
+
+    def test_what_is_no_folder_is_named(self, base):
+        (base / PHOTOGRAPHS).rename(base / "elsewhere")
+        (base / PHOTOGRAPHS).write_text("")
+        with pytest.raises(UserError, match="PNGImages: cannot be read"):
+            discover(options_for(base))
+
+    def test_partners_match_by_stem(self, base):
+        source = base / "train/real/blended/r0.png"
+        Image.open(source).save(source.with_suffix(".BMP"))
+        source.unlink()
+        (base / "train/real/blended/notes.txt").write_text("not an image")
+        (base / "train/real/blended/.hidden.png").write_text("not an image either")
+        pair = discover(options_for(base, "--val_split", 0)).pairs["real"][0]
+        assert (pair.mixture.name, pair.transmission.name) == ("r0.BMP", "r0.png")
+
+    def test_all_trouble_is_reported_at_once(self, base):
+        (base / "train/real/blended/r0.png").unlink()
+        (base / "test/real20_420/transmission_layer/3.png").unlink()
+        (base / "test/SIR2/PostcardDataset/reflection_layer/a.png").unlink()
+        write(base / "train/nature/transmission_layer/n1.png", 1, width=27)
+        (base / PHOTOGRAPHS / "photo3.png").write_bytes(b"junk")
+        truncated = base / "test/real20_420/blended/9.png"
+        truncated.write_bytes(truncated.read_bytes()[:-40])
+        write(base / "train/real/blended/r3.bmp", 0)
+        with pytest.raises(UserError) as error:
+            discover(options_for(base))
+        lines = str(error.value).splitlines()
+        assert "7 files" in lines[0]
+        for start, rest in (
+            ("train/real/transmission_layer/r0.png: no image of that name", "train/real/blended"),
+            ("test/real20_420/blended/3.png: no image of that name", "transmission_layer"),
+            ("test/SIR2/PostcardDataset/blended/a.png: no image of that name", "reflection_layer"),
+            ("train/nature/transmission_layer/n1.png: 27x20 pixels", "28x20"),
+            (f"{PHOTOGRAPHS}/photo3.png: not an image", ""),
+            ("test/real20_420/blended/9.png: ", "truncated"),
+            ("train/real/blended/r3: 2 files of that name", ""),
+        ):
+            found = [line for line in lines if line.strip().startswith(f"{base}/{start}")]
+            assert len(found) == 1, start
+            assert rest in found[0]
+
+    def test_a_long_list_of_trouble_is_cut(self, base):
+        for i in range(70):
+            write(base / f"train/real/blended/alone{i}.png", i)
+        with pytest.raises(UserError) as error:
+            discover(options_for(base))
+        lines = str(error.value).splitlines()
+        assert len(lines) == 52
+        assert "70 files" in lines[0]
+        assert "20 more" in lines[-1]
+
+    def test_max_dataset_size_takes_the_first_by_name(self, base):
+        (base / PHOTOGRAPHS / "photo7.png").write_bytes(b"junk that is never looked at")
+        sets = discover(options_for(base, "--max_dataset_size", 2, "--val_split", 0))
+        assert [file.stem for file in sets.photographs] == ["photo0", "photo1"]
+        assert [pair.name for pair in sets.pairs["real"]] == ["r0", "r1"]
+        assert [pair.name for pair in sets.tests["real20_420"]] == ["3", "4"]
+
+    def test_held_out_pairs_depend_on_their_own_name_alone(self, tmp_path):
+        names = [f"{i}" for i in range(60)]
+        write_pairs(tmp_path / "train/real", names, width=4, height=4)
+        few = discover(options_for(tmp_path, "--val_split", 0.2))
+        held_out = {pair.name for pair in few.validation}
+        assert 4 <= len(held_out) <= 22  # 12 expected, four standard deviations either way
+        assert held_out | {pair.name for pair in few.pairs["real"]} == set(names)
+        assert not held_out & {pair.name for pair in few.pairs["real"]}
+        write_pairs(tmp_path / "train/real", [f"more{i}" for i in range(60)], width=4, height=4)
+        many = discover(options_for(tmp_path, "--val_split", 0.2))
+        assert {pair.name for pair in many.validation if not pair.name.startswith("more")} == held_out
+        more = discover(options_for(tmp_path, "--val_split", 0.5))
+        assert {pair.name for pair in more.validation} > held_out
+
+    @pytest.mark.parametrize(("share", "held_out"), [(0, 0), (1e-9, 2), (1 - 1e-9, 7)])
+    def test_one_pair_at_least_is_held_out_and_one_kept(self, base, share, held_out):
+        sets = discover(options_for(base, "--val_split", share))
+        assert len(sets.validation) == held_out
+        assert all(sets.pairs.values())
+
+    def test_a_set_of_one_pair_is_all_trained_on(self, tmp_path):
+        write_pairs(tmp_path / "train/real", "a")
+        sets = discover(options_for(tmp_path, "--val_split", 0.9))
+        assert len(sets.pairs["real"]) == 1
+        assert sets.validation == []
+        assert build_val_loader(options_for(tmp_path), sets) is None
+
+
+class TestAugmentation:
+    @pytest.mark.parametrize("size", [(48, 33), (33, 48), (40, 40), (9, 12), (500, 201)])
+    def test_equals_scaling_first_and_cropping_then(self, size):
+        rng = np.random.default_rng(3)
+        noise = rng.integers(60, 200, (size[1] // 3, size[0] // 3, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+        for _ in range(10):
+            draw = Augmentation.draw(rng, 32)
+            whole = image.resize(scaled_size(*size, draw.short_side), Image.Resampling.BICUBIC)
+            left = int(draw.across * (whole.width - 32 + 1))
+            top = int(draw.down * (whole.height - 32 + 1))
+            expected = whole.crop((left, top, left + 32, top + 32))
+            if draw.flip:
+                expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            expected = expected.rotate(90 * draw.turns)
+            result = augment(image, draw)
+            assert result.dtype == np.float32
+            assert result.flags.c_contiguous
+            # PIL rounds between its two passes, whose order differs between releases: mostly nothing, seldom
+            # a level or two, where a crop that is off by a pixel would differ by dozens
+            difference = np.abs(result * 255 - np.asarray(expected))
+            assert difference.max() < 2.01
+            assert difference.mean() < 0.35
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        width=st.integers(1, 90),
+        height=st.integers(1, 90),
+        seed=st.integers(0, 2**32),
+        crop=st.sampled_from([16, 32]),
+    )
+    def test_any_size_of_photograph_works(self, width, height, seed, crop):
+        if max(width, height) > 20 * min(width, height):
+            width = height
+        image = Image.new("RGB", (width, height), (10, 20, 250))
+        result = augment(image, Augmentation.draw(np.random.default_rng(seed), crop))
+        assert result.shape == (crop, crop, 3)
+        np.testing.assert_allclose(
+            result, np.broadcast_to(np.array([10, 20, 250]) / 255, result.shape), atol=1e-6
+        )
+
+    @pytest.mark.parametrize(
+        ("size", "short_side", "expected"),
+        [
+            ((481, 321), 224, (336, 224)),  # 335.6, cut to 335, made even
+            ((321, 481), 224, (224, 336)),
+            ((500, 375), 300, (400, 300)),
+            ((224, 224), 448, (448, 448)),
+            ((10, 20), 32, (32, 64)),
+        ],
+    )
+    def test_scaled_size(self, size, short_side, expected):
+        assert scaled_size(*size, short_side) == expected
+
+    def test_draws_cover_what_they_should_evenly(self):
+        rng = np.random.default_rng(0)
+        draws = [Augmentation.draw(rng, 32) for _ in range(4000)]
+        sides = Counter(draw.short_side for draw in draws)
+        assert set(sides) == set(range(32, 65, 2))
+        assert max(sides.values()) < 1.5 * min(sides.values())  # 235 each expected, standard deviation 15
+        assert np.mean([draw.flip for draw in draws]) == pytest.approx(0.5, abs=0.04)
+        turns = Counter(draw.turns for draw in draws)
+        assert turns[0] / 4000 == pytest.approx(1 / 2, abs=0.04)
+        assert all(turns[i] / 4000 == pytest.approx(1 / 6, abs=0.03) for i in (1, 2, 3))
+
+    def test_crops_reach_every_edge(self):
+        """The outermost rows of the image turn up at both ends."""
+        rows = np.arange(0, 240, 8, dtype=np.uint8)
+        image = Image.fromarray(np.ascontiguousarray(np.broadcast_to(rows[:, None, None], (30, 30, 3))))
+        low, high = (augment(image, Augmentation(16, 30, 0.5, down, False, 0)) for down in (0.0, 1 - 1e-9))
+        assert low[0, 0, 0] == 0
+        assert high[-1, 0, 0] == pytest.approx(232 / 255)
+
+
+class TestTrainSet:
+    def test_a_sample_depends_on_seed_epoch_and_index_alone(self, base):
+        sets = discover(options_for(base))
+        one, two = (TrainSet(options_for(base), sets) for _ in range(2))
+        expected = [one[0, i] for i in range(len(one))]
+        for key in reversed(range(len(one))):
+            two[5, key]  # whatever was asked before makes no difference
+            assert_same([two[0, key]], [expected[key]])
+        other = TrainSet(options_for(base, "--seed", 1), sets)
+        assert any(not torch.equal(other[0, i]["input"], expected[i]["input"]) for i in range(3))
+        assert not torch.equal(one[1, 0]["input"], expected[0]["input"])
+        assert one[0, 0]["name"] == expected[0]["name"]
+
+    def test_samples_are_what_training_expects(self, base):
+        dataset = TrainSet(options_for(base), discover(options_for(base)))
+        seen = Counter()
+        for i in range(60):
+            sample = dataset[0, i]
+            source, name = sample["name"].split("/")
+            seen[source] += 1
+            for key in ("input", "target_t", "target_r"):
+                assert sample[key].dtype == torch.float32
+                assert sample[key].shape == (3, 16, 16)
+                assert sample[key].is_contiguous()
+            for key in ("input", "target_t"):
+                assert sample[key].min() >= 0
+                assert sample[key].max() <= 1 + 1e-6
+            if source == "synthetic":
+                assert len(set(name.split("+"))) == 2
+                assert sample["target_r"].min() >= 0
+            else:
+                assert torch.equal(sample["target_r"], sample["input"] - sample["target_t"])
+        assert set(seen) == {"synthetic", "real", "nature"}
+
+    def test_both_images_of_a_pair_are_treated_alike(self, tmp_path):
+        for layer in ("blended", "transmission_layer"):
+            write(tmp_path / "train/real" / layer / "a.png", 3, width=40, height=33)
+        dataset = TrainSet(options_for(tmp_path), discover(options_for(tmp_path)))
+        for i in range(20):
+            sample = dataset[0, i]
+            assert torch.equal(sample["input"], sample["target_t"])
+            assert not sample["target_r"].any()
+
+    def test_sources_come_in_the_proportions_of_the_mix(self, base):
+        options = options_for(base, "--mix", 5, 3, 2)
+        dataset = TrainSet(options, discover(options))
+        seen = Counter(dataset[0, i]["name"].split("/")[0] for i in range(1000))
+        for source, share in (("synthetic", 0.5), ("real", 0.3), ("nature", 0.2)):
+            assert seen[source] / 1000 == pytest.approx(share, abs=0.06)  # four standard deviations
+
+    def test_pairs_come_by_index(self, base):
+        options = options_for(base, "--mix", 0, 1, 0, "--val_split", 0)
+        dataset = TrainSet(options, discover(options))
+        assert [dataset[0, i]["name"] for i in range(7)] == [f"real/r{i % 5}" for i in range(7)]
+
+    def test_photographs_are_halved_anew_every_epoch(self, base):
+        write(base / PHOTOGRAPHS / "photo8.png", 8)  # of an odd number one rests
+        options = options_for(base, "--mix", 1, 0, 0)
+        dataset = TrainSet(options, discover(options))
+        assert len(dataset) == 4
+        halves = []
+        for epoch in range(6):
+            names = [
+                dataset[epoch, i]["name"].removeprefix("synthetic/").split("+") for i in range(len(dataset))
+            ]
+            first, second = (set(half) for half in zip(*names, strict=True))
+            assert len(first) == len(second) == 4
+            assert not first & second
+            halves.append(frozenset(first))
+        assert len(set(halves)) > 3
+
+    def test_epoch_size(self, base):
+        sets = discover(options_for(base, "--val_split", 0))
+        assert len(TrainSet(options_for(base), sets)) == 4 + 5 + 4
+        assert len(TrainSet(options_for(base, "--epoch_size", 50), sets)) == 50
+
+    def test_can_be_sent_to_a_worker(self, base):
+        dataset = TrainSet(options_for(base), discover(options_for(base)))
+        assert_same([pickle.loads(pickle.dumps(dataset))[1, 2]], [dataset[1, 2]])
+
+
+class TestTestSet:
+    def test_native_size(self, base):
+        sets = discover(options_for(base))
+        sample = TestSet(options_for(base), sets.tests["real20_420"])[1]
+        assert sample["name"] == "4"
+        stored = np.asarray(Image.open(base / "test/real20_420/blended/4.png")).transpose(2, 0, 1)
+        np.testing.assert_allclose(sample["input"].numpy(), stored / 255, atol=1e-6)
+        assert sample["input"].shape == (3, 50, 70)
+        assert torch.equal(sample["target_r"], sample["input"] - sample["target_t"])
+        assert sample["target_r"].min() < 0
+
+    def test_reflection_layer_is_used_where_there_is_one(self, base):
+        sample = TestSet(options_for(base), discover(options_for(base)).tests["PostcardDataset"])[0]
+        layer = base / "test/SIR2/PostcardDataset/reflection_layer/a.png"
+        stored = np.asarray(Image.open(layer)).transpose(2, 0, 1)
+        np.testing.assert_allclose(sample["target_r"].numpy(), stored / 255, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("name", "shape"), [("real20_420", (3, 32, 64)), ("PostcardDataset", (3, 32, 32))]
+    )
+    def test_aligned_to_multiples_of_32(self, base, name, shape):
+        options = options_for(base, "--if_align")
+        sample = TestSet(options, discover(options).tests[name])[0]
+        assert {sample[key].shape for key in ("input", "target_t", "target_r")} == {shape}
+        pair = discover(options).tests[name][0]
+        resized = Image.open(pair.mixture).resize(shape[:0:-1], Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(
+            sample["input"].numpy(), np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6
+        )
+
+
+class TestSampler:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        length=st.integers(1, 60), batch=st.integers(1, 5), world=st.integers(1, 4),
+        seed=st.integers(0, 2**40), epoch=st.integers(0, 99),
+    )  # fmt: skip
+    def test_ranks_share_out_one_order(self, length, batch, world, seed, epoch):
+        samplers = [EpochSampler(length, batch, seed, rank, world) for rank in range(world)]
+        alone = EpochSampler(length, 1, seed)
+        for sampler in (*samplers, alone):
+            sampler.seek(epoch)
+        order = [entry for batch_ in alone for entry in batch_]
+        assert sorted(order) == [(epoch, i) for i in range(length)]
+        steps = list(zip(*samplers, strict=True))
+        assert {len(steps)} == {len(sampler) for sampler in samplers} == {length // (batch * world)}
+        assert [entry for step in steps for part in step for entry in part] == order[
+            : len(steps) * batch * world
+        ]
+
+    @settings(max_examples=40, deadline=None)
+    @given(length=st.integers(1, 40), batch=st.integers(1, 4), step=st.integers(0, 50))
+    def test_seeking_gives_the_rest_of_the_epoch(self, length, batch, step):
+        sampler = EpochSampler(length, batch, seed=5)
+        sampler.seek(3)
+        whole = list(sampler)
+        sampler.seek(3, step)
+        assert list(sampler) == list(sampler) == whole[step:]
+        assert len(sampler) == len(whole)
+
+    def test_every_epoch_has_its_own_order(self):
+        sampler = EpochSampler(50, 1, seed=5)
+        orders = set()
+        for epoch in range(5):
+            sampler.seek(epoch)
+            orders.add(tuple(index for [(_, index)] in sampler))
+        assert len(orders) == 5
+
+    def test_random_numbers_of_different_keys_differ(self):
+        keys = [
+            (1, 0, 0, 1),
+            (1, 0, 0, 2),
+            (1, 0, 1, 0),
+            (1, 1, 0, 0),
+            (0, 0, 0, 1),
+            (0, 1, 0, 0),
+            (1, 0, 0, 0),
+        ]
+        assert len({generator(*key).random() for key in keys}) == len(keys)
+
+
+class TestLoaders:
+    def test_workers_change_nothing_and_an_epoch_can_be_resumed(self, base):
+        options = options_for(base, "--batchSize", 2, "--epoch_size", 13)
+        sets = discover(options)
+        alone = build_train_loader(options, sets)
+        options.nThreads = 2
+        shared = build_train_loader(options, sets)
+        assert len(alone) == len(shared) == 6
+        whole = batches(alone)
+        assert len(whole) == 6
+        assert whole[0]["input"].shape == (2, 3, 16, 16)
+        assert_same(batches(shared), whole)
+        assert_same(batches(shared, epoch=0, step=4), whole[4:])  # same workers, another place
+        next(iter(shared))  # an epoch that is given up leaves nothing behind for the next
+        assert_same(batches(shared, epoch=1), batches(alone, epoch=1))
+
+    def test_ranks_change_nothing(self, base):
+        options = options_for(base, "--batchSize", 4, "--epoch_size", 13)
+        sets = discover(options)
+        together = batches(build_train_loader(options, sets), epoch=2)
+        options.batchSize = 2
+        ranks = [batches(build_train_loader(options, sets, rank, 2), epoch=2) for rank in (0, 1)]
+        joined = [
+            {key: a[key] + b[key] if key == "name" else torch.cat([a[key], b[key]]) for key in a}
+            for a, b in zip(*ranks, strict=True)
+        ]
+        assert_same(joined, together)
+
+    def test_an_epoch_smaller_than_a_batch_is_an_error(self, base):
+        options = options_for(base, "--batchSize", 5, "--epoch_size", 9)
+        sets = discover(options)
+        assert len(build_train_loader(options, sets)) == 1
+        with pytest.raises(UserError, match="--batchSize"):
+            build_train_loader(options, sets, rank=1, world_size=2)
+
+    def test_test_sets_come_in_order_and_can_be_shared_out(self, base):
+        options = options_for(base)
+        sets = discover(options)
+        loaders = build_test_loaders(options, sets)
+        assert {name: [batch["name"] for batch in loader] for name, loader in loaders.items()} == {
+            "PostcardDataset": [["a"], ["b"]],
+            "real20_420": [["3"], ["4"], ["9"]],
+        }
+        shares = [build_test_loaders(options, sets, rank, 4)["real20_420"] for rank in range(4)]
+        assert [[batch["name"][0] for batch in loader] for loader in shares] == [["3"], ["4"], ["9"], []]
+
+    def test_validation_shows_the_held_out_pairs(self, base):
+        options = options_for(base)
+        sets = discover(options)
+        names = [batch["name"][0] for batch in build_val_loader(options, sets)]
+        assert names == [pair.name for pair in sets.validation]
+        assert len(names) == 2
+
+    def test_a_dataset_file_of_ones_own(self, base, monkeypatch):
+        mine = type(sys)("data.mine")
+        mine.TrainSet = type("TrainSet", (TrainSet,), {"__getitem__": lambda self, key: key})
+        mine.TestSet = TestSet
+        monkeypatch.setitem(sys.modules, "data.mine", mine)
+        options = options_for(base)
+        options.dataset = "mine"
+        loader = build_train_loader(options, discover(options))
+        loader.batch_sampler.seek(7)
+        assert all(int(epoch) == 7 for epoch, _ in loader)
+
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes through /proc")
+    def test_workers_end_with_the_main_process_and_leave_ctrl_c_to_it(self, base, tmp_path):
+        program = tmp_path / "program.py"
+        program.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+if __name__ == "__main__":
+    from data import build_train_loader, discover
+    from options import parse_train
+    options = parse_train(["--base_dir", {str(base)!r}, "--crop_size", "16", "--nThreads", "2"])
+    loader = build_train_loader(options, discover(options))
+    batches = iter(loader)
+    next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    sys.stdin.read()
+""")
+        main = subprocess.Popen(
+            [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            workers = [int(pid) for pid in main.stdout.readline().split()]
+            assert len(workers) == 2
+            for pid in workers:
+                os.kill(pid, signal.SIGINT)
+            time.sleep(0.2)
+            assert all(alive(pid) for pid in workers)
+        finally:
+            main.kill()
+            main.communicate()
+        end = time.monotonic() + 20
+        while any(alive(pid) for pid in workers) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended but was not yet collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
