@@ -87,9 +87,7 @@ class Engine:
         folder: of the run.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, model: nn.Module, loaders: Loaders, world: World, folder: Path
-    ):
+    def __init__(self, options: argparse.Namespace, model: nn.Module, loaders: Loaders, world: World, folder: Path):
         self.options, self.loaders, self.world, self.folder = options, loaders, world, folder
         self.device = world.device
         self.model = model.to(self.device)

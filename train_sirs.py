@@ -41,6 +41,7 @@ def train(options) -> int:
     from models import build_model
     from models.arch import list_models
     from util import checkpoint
+    from util.allocator import keep_freed_memory
     from util.distributed import join, wants_bf16
     from util.records import read_metrics, table
 
@@ -74,11 +75,13 @@ def train(options) -> int:
         data.build_val_loader(options, sets, world.rank, world.size),
         data.build_test_loaders(options, sets, world.rank, world.size),
     )
+    keep_freed_memory()
     _make_repeatable(torch, options.seed)
     bf16 = wants_bf16(options.precision, world.device)
     engine = Engine(options, build_model(options, bf16), loaders, world, folder)
     count = sum(parameter.numel() for parameter in engine.network.parameters())
-    say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}, {world.size} process(es)")
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
     if options.resume and (folder / "last.pt").exists():
         state = checkpoint.load(folder / "last.pt")
         engine.load_state(state, folder / "last.pt")

@@ -62,9 +62,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch  # as it is now, even if `seek` is called while batches are still being made ahead
         order = generator(self.seed, epoch, 0, _ORDER).permutation(self.length)
-        starts = (
-            (step * self.world_size + self.rank) * self.batch_size for step in range(self.step, len(self))
-        )
+        starts = ((step * self.world_size + self.rank) * self.batch_size for step in range(self.step, len(self)))
         return ([(epoch, int(index)) for index in order[start : start + self.batch_size]] for start in starts)
 
 
@@ -98,9 +96,7 @@ def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: 
     return _ordered(options, sets.validation[rank::world_size]) if sets.validation else None
 
 
-def build_test_loaders(
-    options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1
-) -> dict[str, DataLoader]:
+def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader]:
     """A loader for every test set: `TestSet` samples one by one, by name.
 
     Args:

@@ -78,9 +78,7 @@ class Sets:
             parts = (f"{source} {size} ({self.mix[source]:.0%})" for source, size in self.sizes.items())
             lines.append(f"training samples: {', '.join(parts)}; {len(self.validation)} pairs held out")
         if self.tests:
-            lines.append(
-                "test images: " + ", ".join(f"{name} {len(pairs)}" for name, pairs in self.tests.items())
-            )
+            lines.append("test images: " + ", ".join(f"{name} {len(pairs)}" for name, pairs in self.tests.items()))
         return lines + self.missing
 
 
@@ -179,13 +177,10 @@ def _test_folders(root: Path) -> dict[str, Path]:
         seen.add(real)
         if {MIXTURE, TRANSMISSION} & set(folders):
             found.append(Path(place))
-        folders[:] = sorted(
-            folder for folder in folders if folder not in LAYERS and not folder.startswith(".")
-        )
+        folders[:] = sorted(folder for folder in folders if folder not in LAYERS and not folder.startswith("."))
     counts = Counter(folder.name for folder in found)
     return {
-        folder.name if counts[folder.name] == 1 else folder.relative_to(root).as_posix(): folder
-        for folder in found
+        folder.name if counts[folder.name] == 1 else folder.relative_to(root).as_posix(): folder for folder in found
     }
 
 
@@ -224,9 +219,7 @@ def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], li
         there = ", ".join(source for source, count in held.items() if count)
         raise UserError(f"--mix {' '.join(map(str, options.mix))}: nothing for what is there ({there})")
     folders = {"synthetic": PHOTOGRAPHS, **PAIR_SETS}
-    absent = [
-        f"{source} ({folders[source]})" for source, share in wanted.items() if share and not held[source]
-    ]
+    absent = [f"{source} ({folders[source]})" for source, share in wanted.items() if share and not held[source]]
     total = sum(mix.values())
     mix = {source: share / total for source, share in mix.items()}
     shares = ", ".join(f"{source} {share:.0%}" for source, share in mix.items())

@@ -66,10 +66,7 @@ def _randomise(layers: nn.Sequential) -> None:
 
 
 def _load(layers: nn.Sequential, weights: str | Path) -> None:
-    if weights == "imagenet":
-        state = _imagenet()
-    else:
-        state = checkpoint.load(weights)
+    state = _imagenet() if weights == "imagenet" else checkpoint.load(weights)
     state = {name.removeprefix("features."): value for name, value in state.items()}
     wanted = layers.state_dict()
     unfit = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]

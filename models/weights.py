@@ -121,6 +121,4 @@ def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str
 
     parts = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
     told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts if names)
-    raise UserError(
-        f"{where}: the weights are not this network's (is --inet the model they were trained for?); {told}"
-    )
+    raise UserError(f"{where}: the weights are not this network's (is --inet the model they were trained for?); {told}")

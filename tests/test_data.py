@@ -46,9 +46,7 @@ def base(tmp_path) -> Path:
         write(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=30 - i)
     write_pairs(tmp_path / "train/real", [f"r{i}" for i in range(5)])
     write_pairs(tmp_path / "train/nature", [f"n{i}" for i in range(4)])
-    write_pairs(
-        tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer")
-    )
+    write_pairs(tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer"))
     write_pairs(tmp_path / "test/real20_420", ["3", "4", "9"], width=70, height=50)
     return tmp_path
 
@@ -267,9 +265,7 @@ class TestAugmentation:
         image = Image.new("RGB", (width, height), (10, 20, 250))
         result = augment(image, Augmentation.draw(np.random.default_rng(seed), crop))
         assert result.shape == (crop, crop, 3)
-        np.testing.assert_allclose(
-            result, np.broadcast_to(np.array([10, 20, 250]) / 255, result.shape), atol=1e-6
-        )
+        np.testing.assert_allclose(result, np.broadcast_to(np.array([10, 20, 250]) / 255, result.shape), atol=1e-6)
 
     @pytest.mark.parametrize(
         ("size", "short_side", "expected"),
@@ -366,9 +362,7 @@ class TestTrainSet:
         assert len(dataset) == 4
         halves = []
         for epoch in range(6):
-            names = [
-                dataset[epoch, i]["name"].removeprefix("synthetic/").split("+") for i in range(len(dataset))
-            ]
+            names = [dataset[epoch, i]["name"].removeprefix("synthetic/").split("+") for i in range(len(dataset))]
             first, second = (set(half) for half in zip(*names, strict=True))
             assert len(first) == len(second) == 4
             assert not first & second
@@ -402,18 +396,14 @@ class TestTestSet:
         stored = np.asarray(Image.open(layer)).transpose(2, 0, 1)
         np.testing.assert_allclose(sample["target_r"].numpy(), stored / 255, atol=1e-6)
 
-    @pytest.mark.parametrize(
-        ("name", "shape"), [("real20_420", (3, 32, 64)), ("PostcardDataset", (3, 32, 32))]
-    )
+    @pytest.mark.parametrize(("name", "shape"), [("real20_420", (3, 32, 64)), ("PostcardDataset", (3, 32, 32))])
     def test_aligned_to_multiples_of_32(self, base, name, shape):
         options = options_for(base, "--if_align")
         sample = TestSet(options, discover(options).tests[name])[0]
         assert {sample[key].shape for key in ("input", "target_t", "target_r")} == {shape}
         pair = discover(options).tests[name][0]
         resized = Image.open(pair.mixture).resize(shape[:0:-1], Image.Resampling.BICUBIC)
-        np.testing.assert_allclose(
-            sample["input"].numpy(), np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6
-        )
+        np.testing.assert_allclose(sample["input"].numpy(), np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6)
 
 
 class TestSampler:
@@ -431,9 +421,7 @@ class TestSampler:
         assert sorted(order) == [(epoch, i) for i in range(length)]
         steps = list(zip(*samplers, strict=True))
         assert {len(steps)} == {len(sampler) for sampler in samplers} == {length // (batch * world)}
-        assert [entry for step in steps for part in step for entry in part] == order[
-            : len(steps) * batch * world
-        ]
+        assert [entry for step in steps for part in step for entry in part] == order[: len(steps) * batch * world]
 
     @settings(max_examples=40, deadline=None)
     @given(length=st.integers(1, 40), batch=st.integers(1, 4), step=st.integers(0, 50))
@@ -546,9 +534,7 @@ if __name__ == "__main__":
     print(*(worker.pid for worker in batches._workers), flush=True)
     sys.stdin.read()
 """)
-        main = subprocess.Popen(
-            [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        main = subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             workers = [int(pid) for pid in main.stdout.readline().split()]
             assert len(workers) == 2

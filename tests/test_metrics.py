@@ -52,9 +52,7 @@ def test_equals_scikit_image_channel_by_channel(size):
 @pytest.mark.parametrize("size", [(20, 20), (29, 30), (40, 53), (61, 49)])
 def test_lmse_equals_loops_over_windows(size):
     estimate, target = images(*size)
-    assert quality_assess(estimate, target)["LMSE"] == pytest.approx(
-        lmse_by_loops(estimate, target), rel=1e-9
-    )
+    assert quality_assess(estimate, target)["LMSE"] == pytest.approx(lmse_by_loops(estimate, target), rel=1e-9)
 
 
 def test_lmse_forgives_brightness_and_ncc_contrast_too():

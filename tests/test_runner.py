@@ -76,9 +76,7 @@ class Project:
         """An apt-get for a root user: `install` has this effect."""
         executable(self.bin / "id", "#!/bin/sh\necho 0\n")
         log = self.root / "apt.log"
-        executable(
-            self.bin / "apt-get", f"""#!/bin/sh\necho "$*" >>"{log}"\n[ "$2" = update ] || {effect}\n"""
-        )
+        executable(self.bin / "apt-get", f"""#!/bin/sh\necho "$*" >>"{log}"\n[ "$2" = update ] || {effect}\n""")
 
     def bash(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -279,8 +277,7 @@ def test_models_that_cannot_be_listed(project):
 @pytest.mark.parametrize(("gpu", "index"), [("2", "2"), ("0,3", "3"), ("00", "00")])
 def test_an_unknown_gpu_gets_the_list(project, gpu, index):
     assert project.refuse(gpu, "dsrnet_s", "x").endswith(
-        f"there is no GPU {index} here; "
-        "there are: 0 (NVIDIA H100 80GB HBM3), 1 (NVIDIA A100-SXM4-40GB), 12 (NVIDIA T4)"
+        f"there is no GPU {index} here; there are: 0 (NVIDIA H100 80GB HBM3), 1 (NVIDIA A100-SXM4-40GB), 12 (NVIDIA T4)"
     )
 
 
@@ -423,9 +420,7 @@ def test_when_pip_fails_the_last_line_says_what_to_do(project):
     done = project.run("cpu", "dsrnet_s", "x")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2] == "no network"
-    assert done.stderr.splitlines()[-1].startswith(
-        "pip could not install requirements.txt into .venv (see above)"
-    )
+    assert done.stderr.splitlines()[-1].startswith("pip could not install requirements.txt into .venv (see above)")
 
 
 def test_a_python_named_by_hand_must_work(project):
@@ -444,9 +439,7 @@ def test_an_old_python_is_passed_over(project):
 
 def test_without_any_python_it_says_how_to_get_one(project):
     del project.environment["PYTHON"]
-    done = project.use_environment(
-        "pytest\n", "path_of_python() { return 1; }", "apt_install() { return 1; }"
-    )
+    done = project.use_environment("pytest\n", "path_of_python() { return 1; }", "apt_install() { return 1; }")
     assert done.returncode == 1
     assert done.stderr.startswith("Python 3.10 or newer is needed and was not found.")
     assert "sudo apt-get install python3 python3-venv" in done.stderr
@@ -505,7 +498,5 @@ def test_without_ensurepip_root_gets_it_from_apt(project, bare_python):
     done = project.use_environment("absent-thing\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
-    assert done.stderr.startswith(
-        f"Installing {VENV_PACKAGE} with apt-get\nInstalling requirements.txt into .venv"
-    )
+    assert done.stderr.startswith(f"Installing {VENV_PACKAGE} with apt-get\nInstalling requirements.txt into .venv")
     assert (project.root / "apt.log").read_text().splitlines()[-1].endswith(VENV_PACKAGE)

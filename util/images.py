@@ -58,9 +58,7 @@ def write_image(path: Path, array: np.ndarray) -> None:
         UserError: the file cannot be written, or no format has that suffix.
     """
     try:
-        Image.fromarray(array if array.dtype == np.uint8 else _to_bytes(array)).save(
-            path, quality=JPEG_QUALITY
-        )
+        Image.fromarray(array if array.dtype == np.uint8 else _to_bytes(array)).save(path, quality=JPEG_QUALITY)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 

@@ -131,9 +131,7 @@ class Record:
         if self.active:
             self.writer.close()
 
-    def _line(
-        self, epoch: int, step: int, name: str, estimate: str, count: int, values: dict, seconds: float
-    ) -> None:
+    def _line(self, epoch: int, step: int, name: str, estimate: str, count: int, values: dict, seconds: float) -> None:
         line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": count}
         line |= {metric: values[metric] for metric in METRICS} | {"seconds": round(seconds, 3)}
         self.lines.append(line)

@@ -67,7 +67,13 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, width: int, encoder: Sequence[int], middle: int, decoder: Sequence[int], block: Block, split: bool
+        self,
+        width: int,
+        encoder: Sequence[int],
+        middle: int,
+        decoder: Sequence[int],
+        block: Block,
+        split: bool,
     ):
         super().__init__()
 

@@ -167,26 +167,26 @@ class _NormProject(Function):
 class _GateProjectAdd(Function):
     """Keeps d and s; gates again in the backward pass.
 
-    With y = p W' + b and out = residual + a * y, neither y nor p is kept: the gradient of the scale a follows from
-    the product P = (gradient of out)' p of each stream, which the gradient of W needs anyway, since
-    sum over rows of (gradient * y) = sum over columns of (P * W) + b * (sum over rows of the gradient).
+    Neither y = p W' + b nor p = g * s is kept or computed again. With P the product (gradient of out)' g of each
+    image, which the gradient of W needs anyway, the gradients of the scales a and s follow from it: the sum over an
+    image's rows of (gradient * y) is the sum over columns of (P * s * W), plus b times the sum of the gradient.
     """
 
     @staticmethod
     def forward(ctx, d, residual, weight, bias, scale, squeeze_weight, squeeze_bias, gate, n):
         with torch.autocast(d.device.type, enabled=False):
-            g = _gate_forward(d, gate)
+            g = p = _gate_forward(d, gate)
             s = None
             if squeeze_weight is not None:
                 images = g.view(n, -1, g.shape[1])
                 s = F.linear(images.mean(1), squeeze_weight, squeeze_bias)
-                g = (images * s[:, None]).view_as(g)
+                p = (images * s[:, None]).view_as(g)
             ctx.save_for_backward(d, s, weight, bias, scale, squeeze_weight)
             ctx.gate, ctx.n = gate, n
-            y = F.linear(g, weight, bias)
-            streams = len(scale), -1, y.shape[1]
-            y = y.view(streams).mul_(scale[:, None]).view_as(residual)
-            return y.add_(residual)
+            streams = len(scale)
+            out = residual.view(streams, -1, residual.shape[1]) + (scale * bias)[:, None]
+            folded = scale[:, :, None] * weight  # (S, K, C): the scale costs nothing on the rows
+            return out.baddbmm_(p.view(streams, -1, p.shape[1]), folded.transpose(1, 2)).view_as(residual)
 
     @staticmethod
     @once_differentiable
@@ -195,25 +195,25 @@ class _GateProjectAdd(Function):
         with torch.autocast(d.device.type, enabled=False):
             g = _gate_forward(d, ctx.gate)
             images = g.view(ctx.n, -1, g.shape[1])  # (N, HW, C)
-            p = g if s is None else images * s[:, None]
+            streams = len(scale)
+            products = grad.view(ctx.n, -1, grad.shape[1]).transpose(1, 2) @ images  # (N, K, C)
+            folded = scale[:, :, None] * weight  # (S, K, C)
+            grad_g = (grad.view(streams, -1, grad.shape[1]) @ folded).view_as(g)  # still without s
 
-            grad_out = grad.reshape(len(scale), -1, grad.shape[-1])  # (S, rows, K)
-            products = grad_out.transpose(1, 2) @ p.view(len(scale), -1, p.shape[-1])  # (S, K, C)
-            sums = grad_out.sum(1)  # (S, K)
-            grad_scale = (products * weight).sum(2) + sums * bias
-            grad_weight = (products * scale[:, :, None]).sum(0)
-            grad_bias = (sums * scale).sum(0)
-
-            grad_g = (grad_out @ (scale[:, :, None] * weight)).view_as(g)  # (rows, C)
+            by_stream = products.view(streams, -1, *weight.shape)  # (S, N/S, K, C)
             grad_squeeze_weight = grad_squeeze_bias = None
             if s is not None:
-                grad_p = grad_g.view_as(images)
-                grad_s = (grad_p * images).sum(1)  # (N, C)
-                pixels = images.shape[1]
+                grad_s = (by_stream * folded[:, None]).sum(2).view_as(s)  # (N, C)
+                by_stream = by_stream * s.view(streams, -1, 1, s.shape[1])
                 grad_squeeze_weight = grad_s.t() @ images.mean(1)
                 grad_squeeze_bias = grad_s.sum(0)
-                grad_mean = (grad_s @ squeeze_weight) / pixels
-                grad_g = torch.addcmul(grad_mean[:, None], grad_p, s[:, None]).view_as(g)
+                grad_mean = (grad_s @ squeeze_weight) / images.shape[1]
+                grad_g = torch.addcmul(grad_mean[:, None], grad_g.view_as(images), s[:, None]).view_as(g)
+            by_stream = by_stream.sum(1)  # (S, K, C)
+            sums = grad.view(streams, -1, grad.shape[1]).sum(1)  # (S, K)
+            grad_scale = (by_stream * weight).sum(2) + sums * bias
+            grad_weight = (by_stream * scale[:, :, None]).sum(0)
+            grad_bias = (sums * scale).sum(0)
             grad_d = _gate_backward(grad_g, d, ctx.gate)
         return (
             *(grad_d, grad, grad_weight, grad_bias, grad_scale, grad_squeeze_weight, grad_squeeze_bias),

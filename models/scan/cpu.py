@@ -151,6 +151,7 @@ def _exp2_polynomial(degree: int) -> list[float]:
 
 EXP2_POLYNOMIAL = _exp2_polynomial(5)
 
+
 def _select(condition: str):
     """where(a condition 0, b, c)"""
 
@@ -436,7 +437,11 @@ def backward(
                 channel = block * LANES
                 channels = min(LANES, d - channel)
                 packed = image * blocks + block
-                A_block, dh_block, dA_block = A + block * n * ROW, dh + packed * n * ROW, dA + packed * n * ROW
+                A_block, dh_block, dA_block = (
+                    A + block * n * ROW,
+                    dh + packed * n * ROW,
+                    dA + packed * n * ROW,
+                )
                 D_block, bias_block = load(D + block * ROW), load(bias + block * ROW)
                 read_tile(u, image, channel, channels, start, steps, u_tile)
                 read_tile(delta, image, channel, channels, start, steps, delta_tile)
@@ -469,7 +474,11 @@ def backward(
                         store(dz_tile + t * ROW, dy_t * y_t * gate * fma(z_t, one - gate, one))
 
                 for t in range(steps - 1, -1, -1):
-                    delta_t, u_t, dy_t = load(dt_tile + t * ROW), load(u_tile + t * ROW), load(dy_tile + t * ROW)
+                    delta_t, u_t, dy_t = (
+                        load(dt_tile + t * ROW),
+                        load(u_tile + t * ROW),
+                        load(dy_tile + t * ROW),
+                    )
                     x_t = delta_t * u_t
                     dx_t, sum_Aq = constant(0.0), constant(0.0)
                     B_t, C_t = at(B, image, start + t), at(C, image, start + t)

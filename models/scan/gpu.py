@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64  # steps
+CHUNK = 128  # steps
 CHUNKS_AT_ONCE = 128  # in the pass over the chunks
 PAIRS = 16  # (channel, state) pairs in one of its programs
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -51,9 +51,7 @@ def _sigmoid(x):
 @triton.jit
 def _load(tensor, stride_d, stride_l, channel, step, mask):
     """A (channels, steps) tile in float32, zero outside."""
-    return tl.load(tensor + channel[:, None] * stride_d + step[None, :] * stride_l, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    return tl.load(tensor + channel[:, None] * stride_d + step[None, :] * stride_l, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -70,6 +68,13 @@ def _load_delta(delta, stride_d, stride_l, bias, channel, step, d, end, SOFTPLUS
     if bias is not None:
         raw += tl.load(bias + channel, mask=channel < d, other=0.0)[:, None]
     return raw, tl.where(inside, _softplus(raw) if SOFTPLUS else raw, 0.0)
+
+
+@triton.jit
+def _reversed(tile, CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    """A (channels, steps) tile with its steps in reverse."""
+    last_to_first = tl.broadcast_to(STEPS - 1 - tl.arange(0, STEPS)[None, :], (CHANNELS, STEPS))
+    return tl.gather(tile, last_to_first, 1)
 
 
 @triton.jit
@@ -194,10 +199,15 @@ def backward(
 ):  # fmt: skip
     """Third backward pass, from the state before and the gradient of the state after the chunk. Partial sums:
     dA (batch, chunks, d, N), dD and dbias (batch, chunks, d), dB and dC (batch, groups of channels, N, length).
-    The equations stand at `scan_backward` in reference.py."""
+
+    The equations stand at `scan_backward` in reference.py. What belongs to the gradient g of the state is held in
+    reverse, last step first (names with _r), so that both recurrences run from the first entry to the last: Triton
+    would turn every operand of a scan in reverse, for every state.
+    """
     chunk, group, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     channel = group * CHANNELS + tl.arange(0, CHANNELS)
     step = chunk * STEPS + tl.arange(0, STEPS)
+    step_r = (chunk + 1) * STEPS - 1 - tl.arange(0, STEPS)
     end = tl.minimum(length, (chunk + 1) * STEPS)
     inside = (channel < d)[:, None] & (step < length)[None, :]
     delta += image * delta_b
@@ -211,35 +221,39 @@ def backward(
         dz_tile = dy_tile * gate * (1.0 + z_tile * (1.0 - gate))
         dy_tile *= z_tile * gate
     x = dt * u_tile
-    y_tile, dx, Aq = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+    x_r, dt_r = _reversed(x, CHANNELS, STEPS), _reversed(dt, CHANNELS, STEPS)
+    dy_r, dt_next_r = _reversed(dy_tile, CHANNELS, STEPS), _reversed(dt_next, CHANNELS, STEPS)
+    y_tile, dx_r, Aq_r = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
     states += (image * (chunks + 1) + chunk) * d * N
     gradients += (image * (chunks + 1) + chunk + 1) * d * N
     dA += (image * chunks + chunk) * d * N
+    B += image * B_b
+    C += image * C_b
     for i in range(N):
         A_i = tl.load(A + channel * N + i, mask=channel < d, other=0.0)[:, None] * LOG2E
         h_i = tl.load(states + channel * N + i, mask=channel < d, other=0.0)[:, None]
         g_i = tl.load(gradients + channel * N + i, mask=channel < d, other=0.0)[:, None]
-        B_i = _load_steps(B + image * B_b, B_n, B_l, i, step, length)[None, :]
-        C_i = _load_steps(C + image * C_b, C_n, C_l, i, step, length)[None, :]
-        entering = x * B_i
+        entering = x * _load_steps(B, B_n, B_l, i, step, length)[None, :]
         decay, h = tl.associative_scan((tl.exp2(A_i * dt), entering), 1, _compose)
         h += decay * h_i
-        decay, g = tl.associative_scan((tl.exp2(A_i * dt_next), C_i * dy_tile), 1, _compose, reverse=True)
-        g += decay * g_i
-        q = g * (h - entering)
-        y_tile += C_i * h
-        dx += g * B_i
-        Aq += A_i * q
-        tl.store(dA + channel * N + i, tl.sum(q * dt, axis=1), mask=channel < d)
-        partial = ((image * groups + group) * N + i) * length + step
-        tl.store(dB + partial, tl.sum(g * x, axis=0), mask=step < length)
-        tl.store(dC + partial, tl.sum(h * dy_tile, axis=0), mask=step < length)
+        C_r = _load_steps(C, C_n, C_l, i, step_r, length)[None, :]
+        decay, g_r = tl.associative_scan((tl.exp2(A_i * dt_next_r), C_r * dy_r), 1, _compose)
+        g_r += decay * g_i
+        q_r = g_r * _reversed(h - entering, CHANNELS, STEPS)
+        y_tile += _load_steps(C, C_n, C_l, i, step, length)[None, :] * h
+        dx_r += g_r * _load_steps(B, B_n, B_l, i, step_r, length)[None, :]
+        Aq_r += A_i * q_r
+        tl.store(dA + channel * N + i, tl.sum(q_r * dt_r, axis=1), mask=channel < d)
+        partial = ((image * groups + group) * N + i) * length
+        tl.store(dB + partial + step_r, tl.sum(g_r * x_r, axis=0), mask=step_r < length)
+        tl.store(dC + partial + step, tl.sum(h * dy_tile, axis=0), mask=step < length)
+    dx = _reversed(dx_r, CHANNELS, STEPS)
     du_tile = dt * dx
     if D is not None:
         D_tile = tl.load(D + channel, mask=channel < d, other=0.0)[:, None]
         du_tile += D_tile * dy_tile
         y_tile += D_tile * u_tile
-    ddelta_tile = u_tile * dx + Aq * LN2
+    ddelta_tile = u_tile * dx + _reversed(Aq_r, CHANNELS, STEPS) * LN2
     if SOFTPLUS:
         ddelta_tile *= _sigmoid(raw)
     channel_sums = (image * chunks + chunk) * d + channel
@@ -258,7 +272,7 @@ def runs_on(device: str) -> bool:
 
 
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
-    """The states between chunks: a quarter of u's size for sixteen states."""
+    """The states between chunks: an eighth of u's size for sixteen states."""
     return batch, -(-length // CHUNK) + 1, d, n
 
 
@@ -271,7 +285,7 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
     chunks = states.shape[1] - 1
     spans = u.new_empty(batch, chunks, d, dtype=torch.float32)
     y = torch.empty_like(u)
-    tile = {"N": n, "SOFTPLUS": delta_softplus, "CHANNELS": 32, "STEPS": CHUNK, "num_warps": 4}
+    tile = {"N": n, "SOFTPLUS": delta_softplus, "CHANNELS": 32, "STEPS": CHUNK, "num_warps": 8}
     grid = chunks, triton.cdiv(d, 32), batch
     with _device(u):
         chunk_states[grid](
@@ -291,7 +305,7 @@ def scan_backward(
     n = A.shape[1]
     A, D, delta_bias = _float32(A, D, delta_bias)
     chunks = saved.shape[1] - 1
-    channels = 32 if n <= 16 else 64  # summed over by a program, so that dB and dC are no larger than u, nearly
+    channels = 16 if n <= 16 else 32  # that a program sums dB and dC over: these take 2 n / channels of u's memory
     groups = triton.cdiv(d, channels)
     new = saved.new_empty
     gradients = new(saved.shape)
@@ -300,7 +314,13 @@ def scan_backward(
     dA = new(batch, chunks, d, n)
     dB, dC = (new(batch, groups, n, length) for _ in range(2))
     du, ddelta, dz = (None if t is None else torch.empty_like(t) for t in (u, delta, z))
-    tile = {"N": n, "SOFTPLUS": delta_softplus, "CHANNELS": channels, "STEPS": CHUNK, "num_warps": channels // 4}
+    tile = {
+        "N": n,
+        "SOFTPLUS": delta_softplus,
+        "CHANNELS": channels,
+        "STEPS": CHUNK,
+        "num_warps": channels // 4,
+    }
     grid = chunks, groups, batch
     with _device(u):
         chunk_gradients[grid](

@@ -32,9 +32,7 @@ def scan_backward(
     inputs = _as_wanted(u, delta, A, B, C, D, z, delta_bias)
     dy = _steps_innermost(dy.to(u.dtype))
     ungated = None if z is None else _steps_innermost(ungated)
-    du, ddelta, dA, dB, dC, dD, dbias, *dz = _kernel().bwd(
-        *inputs, dy, saved, ungated, None, delta_softplus, False
-    )
+    du, ddelta, dA, dB, dC, dD, dbias, *dz = _kernel().bwd(*inputs, dy, saved, ungated, None, delta_softplus, False)
     return du, ddelta, dA, dB.squeeze(1), dC.squeeze(1), dD, dz[0] if dz else None, dbias
 
 

@@ -54,9 +54,9 @@ def scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """The adjoint recurrence. With a_t = exp(delta_t A), the gradient of h_t is
 
-        g_t = C_t dy_t + a_{t+1} g_{t+1},   and with q_t = g_t a_t h_{t-1}
-        du_t = D dy_t + delta_t sum_n g_t B_t            dB_t = sum_d g_t delta_t u_t     dC_t = sum_d dy_t h_t
-        ddelta_t = u_t sum_n g_t B_t + sum_n A q_t       dA = sum_t delta_t q_t
+    g_t = C_t dy_t + a_{t+1} g_{t+1},   and with q_t = g_t a_t h_{t-1}
+    du_t = D dy_t + delta_t sum_n g_t B_t            dB_t = sum_d g_t delta_t u_t     dC_t = sum_d dy_t h_t
+    ddelta_t = u_t sum_n g_t B_t + sum_n A q_t       dA = sum_t delta_t q_t
     """
     dy, dlast, u, raw, A, B, C, D, z, delta_bias = _widen(dy, dlast, u, delta, A, B, C, D, z, delta_bias)
     delta = _step_sizes(raw, delta_bias, delta_softplus)

@@ -1,0 +1,336 @@
+"""The training loop: what it records, that it resumes bit for bit, how it stops."""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data
+from engine import NonFiniteLoss, learning_rate, parameter_groups
+from models.arch import create_model
+from options import parse_train, train_parser
+from train_sirs import train
+from util import checkpoint
+from util.errors import UserError
+from util.records import PUBLISHED_SETS, Record, read_metrics, table
+
+ROOT = Path(__file__).parent.parent
+SETS = {"val", "demo_clip", "demo_screen", "average"}
+
+
+def arguments(demo: Path, runs: Path, *more: str) -> list[str]:
+    """A run of a few tiny steps."""
+    fixed = "--gpu_ids -1 --crop_size 32 --vgg_weights random --epoch_size 4 --nThreads 0 --max_dataset_size 4 "
+    fixed += f"--val_split 0.2 --panels 1 --log_every 2 --base_dir {demo} --checkpoints_dir {runs}"
+    return [*fixed.split(), "--comment", "a test", *more]
+
+
+def run(demo: Path, runs: Path, *more: str) -> tuple[int, Path]:
+    options = parse_train(arguments(demo, runs, *more))
+    return train(options), runs / options.name
+
+
+def same(a, b) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def finished(demo, tmp_path_factory) -> Path:
+    """The folder of a run of four epochs, with everything switched on."""
+    status, folder = run(demo, tmp_path_factory.mktemp("runs"), *FULL, "--nEpochs", "4", "--name", "four")
+    assert status == 0
+    return folder
+
+
+FULL = ("--ema", "0.9", "--grad_clip", "1", "--accumulate", "2", "--batchSize", "1", "--save_every", "2")
+
+
+def test_records_of_a_run(finished):
+    lines = read_metrics(finished)
+    assert {(line["epoch"], line["set"]) for line in lines if line["estimate"] == "model"} == {
+        (epoch, name) for epoch in range(1, 5) for name in SETS
+    }
+    assert {line["set"] for line in lines if line["estimate"] == "input"} == SETS
+    assert sum(line["estimate"] == "input" for line in lines) == len(SETS), "the input is measured once"
+    for line in lines:
+        assert set(line) == {"epoch", "step", "set", "estimate", "count", "PSNR", "SSIM", "LMSE", "NCC", "seconds"}
+        assert all(math.isfinite(line[metric]) for metric in ("PSNR", "SSIM", "LMSE", "NCC"))
+    clip, screen, average = (
+        next(line for line in lines if line["set"] == name and line["epoch"] == 4)
+        for name in ("demo_clip", "demo_screen", "average")
+    )
+    assert average["count"] == clip["count"] + screen["count"] == 8
+    weighted = (clip["count"] * clip["PSNR"] + screen["count"] * screen["PSNR"]) / 8
+    assert average["PSNR"] == pytest.approx(weighted)
+    assert average["step"] == 8, "four epochs of four samples, two a step"
+
+
+def test_every_image_is_recorded(finished):
+    with (finished / "per_image/epoch_003.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = {(line["set"], line["estimate"]): line for line in read_metrics(finished) if line["epoch"] in (0, 3)}
+    for name in ("demo_clip", "demo_screen"):
+        values = [row for row in rows if row["set"] == name]
+        assert len({row["name"] for row in values}) == len(values) == 4
+        mean = sum(float(row["PSNR"]) for row in values) / 4
+        assert mean == pytest.approx(lines[name, "model"]["PSNR"], abs=1e-5)
+        mean = sum(float(row["input_SSIM"]) for row in values) / 4
+        assert mean == pytest.approx(lines[name, "input"]["SSIM"], abs=1e-5)
+
+
+def test_tensorboard_has_curves_panels_and_options(finished):
+    events = EventAccumulator(str(finished), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    for tag in ("t_pixel", "r_pixel", "vgg", "exclusion", "reconstruction", "total"):
+        assert f"train/loss_{tag}" in tags["scalars"]
+    for tag in ("train/lr", "train/gradient_norm", "speed/images_per_second", "speed/peak_memory_GiB", "val/PSNR"):
+        assert tag in tags["scalars"]
+    total = events.Scalars("train/loss_total")
+    assert [point.step for point in total] == [2, 4, 6, 8]
+    parts = sum(
+        events.Scalars(f"train/loss_{t}")[0].value for t in ["t_pixel", "r_pixel", "vgg", "exclusion", "reconstruction"]
+    )
+    assert total[0].value == pytest.approx(parts, rel=1e-5)
+    assert len(events.Images("panels/demo_clip")) == 4
+    assert "options/text_summary" in tags["tensors"]
+
+
+def test_files_of_a_run(finished):
+    written = yaml.safe_load((finished / "options.yaml").read_text())
+    assert written["ema"] == 0.9 and written["comment"] == "a test"
+    assert (finished / "panels/demo_clip.png").stat().st_size > 1000
+    names = sorted(path.name for path in finished.glob("*.pt"))
+    assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "last.pt"]
+    assert "optimizer" not in checkpoint.load(finished / "best.pt")
+    scores = {line["epoch"]: line["PSNR"] for line in read_metrics(finished) if line["set"] == "val" and line["epoch"]}
+    best = checkpoint.load(finished / "best.pt")
+    assert best["best"] == max(scores.values()) == scores[best["epoch"]]
+
+
+def test_two_and_two_epochs_equal_four(finished, demo, tmp_path):
+    assert run(demo, tmp_path, *FULL, "--nEpochs", "2", "--name", "twice")[0] == 0
+    status, folder = run(demo, tmp_path, *FULL, "--nEpochs", "4", "--name", "twice", "--resume")
+    assert status == 0
+    assert same(checkpoint.load(folder / "last.pt"), checkpoint.load(finished / "last.pt"))
+    without_time = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
+    assert without_time == [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(finished)]
+
+
+def start(demo: Path, runs: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "train_sirs.py", *arguments(demo, runs, *more)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_writes(path: Path, process: subprocess.Popen, count: int) -> None:
+    """Wait until a file has been replaced so many times."""
+    seen = set()
+    deadline = time.monotonic() + 120
+    while len(seen) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        if path.exists():
+            seen.add(path.stat().st_ino)
+        time.sleep(0.002)
+
+
+def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(demo, tmp_path):
+    settings = ("--nEpochs", "2", "--epoch_size", "6", "--save_steps", "1")
+    whole = run(demo, tmp_path, *settings, "--name", "whole")[1]
+    process = start(demo, tmp_path, *settings, "--name", "killed")
+    wait_for_writes(tmp_path / "killed/last.pt", process, 3)
+    process.kill()
+    process.communicate()
+    state = checkpoint.load(tmp_path / "killed/last.pt")
+    assert (state["epoch"], state["step"]) < (2, 0)
+    status, folder = run(demo, tmp_path, *settings, "--name", "killed", "--resume")
+    assert status == 0
+    assert same(checkpoint.load(folder / "last.pt"), checkpoint.load(whole / "last.pt"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_exits(demo, tmp_path, number):
+    process = start(demo, tmp_path, "--nEpochs", "50", "--save_steps", "1", "--name", "stopped", "--nThreads", "1")
+    wait_for_writes(tmp_path / "stopped/last.pt", process, 2)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    last = output.strip().splitlines()[-1]
+    assert number.name in last and "--resume" in last and "Traceback" not in output
+    assert checkpoint.load(tmp_path / "stopped/last.pt")["global_step"] > 0
+
+
+def test_loss_that_is_not_finite_stops_the_run(demo, tmp_path, monkeypatch, capsys):
+    import models.losses
+
+    monkeypatch.setattr(models.losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
+    status, folder = run(demo, tmp_path, "--nEpochs", "1", "--name", "nan", "--batchSize", "2")
+    assert status == 1
+    told = capsys.readouterr().err
+    saved = checkpoint.load(next(folder.glob("nonfinite_*.pt")))
+    assert len(saved["names"]) == 2 and all(name in told for name in saved["names"])
+    assert saved["batch"]["input"].shape == (2, 3, 32, 32) and math.isnan(saved["terms"]["exclusion"])
+    assert "network" in saved and NonFiniteLoss.__name__ not in told
+
+
+def test_every_option_is_read(demo, tmp_path, monkeypatch):
+    read: set[str] = set()
+
+    class Spy(argparse.Namespace):
+        def __getattribute__(self, name):
+            read.add(name)
+            return super().__getattribute__(name)
+
+    parsed = parse_train(arguments(demo, tmp_path, "--nEpochs", "1", "--epoch_size", "2"))
+    assert train(Spy(**vars(parsed))) == 0
+    before_training = {"config", "list_models", "help"}  # read by parse_train and by main
+    options = {action.dest for action in train_parser()._actions}
+    assert options - read - before_training == set()
+
+
+def test_evaluation_only(finished, demo, tmp_path):
+    status, folder = run(demo, tmp_path, "--nEpochs", "0", "--weight_path", str(finished / "last.pt"), "--name", "e")
+    assert status == 0
+    ours, theirs = (
+        {
+            line["set"]: line["PSNR"]
+            for line in read_metrics(path)
+            if line["estimate"] == "model" and line["epoch"] == at
+        }
+        for path, at in ((folder, 0), (finished, 4))
+    )
+    assert ours["demo_clip"] == pytest.approx(theirs["demo_clip"], abs=1e-6), "the moving average is what is loaded"
+    assert not list(folder.glob("*.pt"))
+
+
+def test_a_second_run_of_a_name_gets_a_folder_of_its_own(finished, demo, capsys):
+    status, _ = run(
+        demo, finished.parent, "--nEpochs", "0", "--weight_path", str(finished / "best.pt"), "--name", "four"
+    )
+    assert status == 0
+    assert (finished.parent / "four-2/metrics.jsonl").exists()
+    assert "four-2" in capsys.readouterr().out
+
+
+def test_resuming_what_is_not_there_names_what_is(finished, demo):
+    with pytest.raises(UserError, match="four"):
+        run(demo, finished.parent, "--name", "fuor", "--resume")
+
+
+@pytest.mark.parametrize(("change", "told"), [({"inet": "dsrnet_m"}, "dsrnet_m"), ({"format": 99}, "later version")])
+def test_checkpoint_of_something_else_is_refused(finished, demo, tmp_path, change, told):
+    (tmp_path / "other").mkdir()
+    checkpoint.save(checkpoint.load(finished / "last.pt") | change, tmp_path / "other/last.pt")
+    with pytest.raises(UserError, match=told):
+        run(demo, tmp_path, *FULL, "--name", "other", "--resume")
+
+
+def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, demo):
+    command = [sys.executable, "train_sirs.py", *arguments(demo, tmp_path / "runs", "--inet", "dsrnet_xl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error:") and "dsrnet_s" in done.stderr and "\n" not in done.stderr.strip()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_same_global_batch(demo, tmp_path):
+    settings = ("--nEpochs", "1", "--epoch_size", "8", "--lr", "1e-4", "--optimizer", "adam", "--name")
+    one = run(demo, tmp_path, *settings, "one", "--batchSize", "2")[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sirs.py"]
+    command += arguments(demo, tmp_path, *settings, "two", "--batchSize", "1")
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    a, b = (checkpoint.load(tmp_path / name / "last.pt")["network"] for name in ("one", "two"))
+    for key in a:
+        # Four steps of Adam, each of at most the learning rate; rounding may turn the smallest gradients.
+        assert (a[key] - b[key]).abs().mean() < 4e-5, key
+    counts = {(line["set"], line["count"]) for line in read_metrics(tmp_path / "two") if line["epoch"]}
+    assert counts == {(line["set"], line["count"]) for line in read_metrics(one) if line["epoch"]}
+    psnr = [
+        next(line["PSNR"] for line in read_metrics(tmp_path / name) if line["set"] == "average" and line["epoch"])
+        for name in ("one", "two")
+    ]
+    assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
+
+
+def test_learning_rate_follows_the_schedules():
+    options = argparse.Namespace(scheduler="cosine_iter", lr=1e-4, lr_min=1e-5, period=300)
+    rates = [learning_rate(step, options, 10_000) for step in range(1201)]
+    assert rates[0] == rates[600] == rates[1200] == 1e-4
+    assert rates[300] == pytest.approx(1e-5) and rates[150] == pytest.approx(5.5e-5)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    published = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=1e-4), 300, 1e-5)
+    for rate in rates[:599]:
+        assert rate == pytest.approx(published.get_last_lr()[0], rel=1e-3)
+        published.optimizer.step()
+        published.step()
+    options.scheduler = "cosine"
+    assert learning_rate(0, options, 1000) == 1e-4 and learning_rate(1000, options, 1000) == pytest.approx(1e-5)
+    options.scheduler = "none"
+    assert learning_rate(123, options, 1000) == 1e-4
+
+
+def test_decay_is_for_weights_of_convolutions_and_linear_layers():
+    net = create_model("dsrnet_s")
+    decayed, others = parameter_groups(net, 0.01)
+    assert decayed["weight_decay"] == 0.01 and others["weight_decay"] == 0
+    decayed_ids = {id(p) for p in decayed["params"]}
+    for name, parameter in net.named_parameters():
+        is_weight = name.endswith(".weight") and "norm" not in name
+        assert (id(parameter) in decayed_ids) == is_weight, name
+    assert len(decayed["params"]) + len(others["params"]) == len(list(net.parameters()))
+
+
+def test_published_average_is_weighted_by_counts(tmp_path):
+    options = argparse.Namespace(comment="")
+    record = Record(tmp_path, options, 0, 0)
+    for number, (name, count) in enumerate(zip((*PUBLISHED_SETS, "other"), (20, 200, 199, 55, 100), strict=True)):
+        values = dict.fromkeys(("PSNR", "SSIM", "LMSE", "NCC"), float(number))
+        rows = [{"name": str(i), "model": values, "input": values} for i in range(count)]
+        record.evaluation(1, 10, name, rows, 1.0)
+    record.averages(1, 10)
+    record.close()
+    lines = {line["set"]: line for line in read_metrics(tmp_path) if line["estimate"] == "model"}
+    assert lines["average_published"]["count"] == 474 and lines["average"]["count"] == 574
+    assert lines["average_published"]["PSNR"] == pytest.approx((200 + 2 * 199 + 3 * 55) / 474)
+    assert "average_published" in table(read_metrics(tmp_path))
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + '\n{"epoch": 2, "st')
+    assert read_metrics(tmp_path) == [{"epoch": 1}]
+
+
+def test_data_problems_are_told_before_anything_is_created(demo, tmp_path):
+    (tmp_path / "data/test/mine/blended").mkdir(parents=True)
+    (tmp_path / "data/test/mine/transmission_layer").mkdir()
+    (tmp_path / "data/test/mine/blended/a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a\.png"):
+        run(tmp_path / "data", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    assert callable(data.discover)
+
+
+@pytest.mark.cuda
+def test_two_and_two_epochs_equal_four_on_a_gpu(demo, tmp_path):
+    settings = ("--gpu_ids", "0", "--precision", "bf16", "--crop_size", "96", "--batchSize", "2")
+    four = run(demo, tmp_path, *settings, "--nEpochs", "4", "--name", "four")[1]
+    run(demo, tmp_path, *settings, "--nEpochs", "2", "--name", "twice")
+    twice = run(demo, tmp_path, *settings, "--nEpochs", "4", "--name", "twice", "--resume")[1]
+    assert same(checkpoint.load(twice / "last.pt"), checkpoint.load(four / "last.pt"))

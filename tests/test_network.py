@@ -1,0 +1,207 @@
+"""Networks and blocks: against the published implementation's numbers and against a plain second one."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.arch import create_model, list_models
+from models.arch.blocks import NAF, MuGI
+from models.arch.dsrnet import DSRNet
+from models.arch.fused import mutual_gate
+from models.arch.lrm import LearnableResidue
+from models.weights import load_weights, translate
+from tests.conftest import GOLDEN, golden, published_state, relative_error
+from tests.golden.fill import fill, image, pyramid, rng
+from tests.plain import plain_forward
+
+SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
+PARAMETERS = {"dsrnet_s": 9_871_590, "dsrnet_m": 53_553_830, "dsrnet_l": 124_602_022}
+NETWORKS = sorted(path.stem.removeprefix("network_") for path in GOLDEN.glob("network_*.npz"))
+
+
+def normal(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(rng(name).standard_normal(shape).astype(np.float32))
+
+
+def fill_published(module: torch.nn.Module, names: list[str], prefix: str = "") -> None:
+    """Give a part of a network the golden weights; `names` are its parameters' published ones."""
+    own = dict(module.named_parameters())
+    for name in names:
+        ours = translate(prefix + name).removeprefix("residue.")
+        own.pop(ours).data.copy_(torch.from_numpy(fill(prefix + name, tuple(module.get_parameter(ours).shape))))
+    assert not own, f"without golden weights: {sorted(own)}"
+
+
+def tiny(**settings) -> DSRNet:
+    """A small network whose residual steps do something."""
+    net = DSRNet(16, (1, 1), 1, (1, 1), **{"split": True, **settings})
+    for name, parameter in net.named_parameters():
+        if parameter.shape[2:] == (1, 1) and parameter.shape[0] == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+        assert name
+    return net
+
+
+def inputs(height: int = 32, width: int = 48, batch: int = 2) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    features = [torch.from_numpy(f) for f in pyramid("feats", height, width, batch)]
+    return torch.from_numpy(image("image", height, width, batch)), features
+
+
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n.rsplit("_", 1)[0] in list_models()])
+def test_network_equals_published_one(name):
+    model, size = name.rsplit("_", 1)
+    height, width = map(int, size.split("x"))
+    expected = golden(f"network_{name}")
+    net = create_model(model)
+    load_weights(net, published_state(SHAPES[model]))
+    mixture, features = inputs(height, width, len(expected["t"]))
+    outputs = net(mixture, features)
+    for key, output in zip(("t", "r", "rr"), outputs, strict=True):
+        assert relative_error(output, expected[key]) < 2e-4, key
+    weights = [normal(f"grad_{key}", outputs[0].shape) for key in ("t", "r", "rr")]
+    sum((output * weight).mean() for output, weight in zip(outputs, weights, strict=True)).backward()
+    norms = {name: parameter.grad.norm().item() for name, parameter in net.named_parameters()}
+    assert len(norms) == len(expected["grad_names"])
+    for published, norm in zip(expected["grad_names"], expected["grad_norms"], strict=True):
+        assert norms[translate(str(published))] == pytest.approx(norm, rel=1e-3, abs=1e-7), published
+
+
+@pytest.mark.parametrize("kind", ["shared", "split"])
+def test_mugi_equals_published_one(kind):
+    expected = golden(f"block_mugi_{kind}")
+    block = MuGI(16, split=kind == "split")
+    names = [name for name in SHAPES["dsrnet_s" if kind == "split" else "dsrnet_l"] if "encoders.0.0." in name]
+    fill_published(block, [name.removeprefix("encoders.0.0.") for name in names])
+    x, y = (normal(name, (2, 16, 8, 12)).requires_grad_() for name in "lr")
+    out = block(torch.cat([x, y])).chunk(2)
+    sum((o * normal(f"grad_{i}", o.shape)).sum() for i, o in enumerate(out)).backward()
+    assert relative_error(out[0], expected["out_0"]) < 1e-4
+    assert relative_error(out[1], expected["out_1"]) < 1e-4
+    assert relative_error(x.grad, expected["grad_in_0"]) < 1e-4
+    assert relative_error(y.grad, expected["grad_in_1"]) < 1e-4
+    norms = {name: parameter.grad.norm().item() for name, parameter in block.named_parameters()}
+    assert len(norms) == len(expected["grad_names"])
+    for published, norm in zip(expected["grad_names"], expected["grad_norms"], strict=True):
+        assert norms[translate(str(published))] == pytest.approx(norm, rel=1e-4), published
+
+
+def test_residue_module_equals_published_one():
+    expected = golden("lrm")
+    module = LearnableResidue(8)
+    names = [n.removeprefix("lrm.") for n in SHAPES["dsrnet_s"] if n.startswith("lrm.") and "seq_r" not in n]
+    fill_published(module, names, "lrm.")
+    streams = torch.cat([normal(name, (2, 8, 10, 12)) for name in "lr"])
+    assert relative_error(module(streams), expected["out"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_named_model(name):
+    net = create_model(name)
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS.get(name, sum(p.numel() for p in net.parameters()))
+    with torch.no_grad():
+        outputs = net(*inputs(16, 32, 1))
+    assert [tuple(o.shape) for o in outputs] == [(1, 3, 16, 32)] * 3
+    assert all(torch.isfinite(o).all() for o in outputs)
+    assert outputs[2].abs().max() < 1
+
+
+def test_every_published_parameter_has_a_place():
+    for name in PARAMETERS:
+        net = create_model(name)
+        assert {translate(n) for n in SHAPES[name]} == set(net.state_dict())
+
+
+def test_unknown_model_lists_those_there_are():
+    with pytest.raises(KeyError, match="dsrnet_s"):
+        create_model("dsrnet_xxl")
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_equals_plain_network(split):
+    net = tiny(split=split)
+    mixture, features = inputs(16, 32, 1)
+    results = []
+    for forward in (net, lambda *args: plain_forward(net, *args)):
+        net.zero_grad()
+        t, r, residue = forward(mixture, features)
+        (t.square().mean() + (r * t).mean() + residue.exp().mean()).backward()
+        results.append([t, r, residue, *(p.grad.clone() for p in net.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        assert (ours - plain).norm() <= 1e-4 * plain.norm() + 1e-7
+
+
+def test_gradients_of_blocks_are_derivatives():
+    for block in (MuGI(4, split=True), MuGI(4, split=False), NAF(4)):
+        block.double()
+        for scale in (*block.a, *block.b):
+            torch.nn.init.normal_(scale)
+        x = torch.randn(4, 4, 3, 5, dtype=torch.double, requires_grad=True)
+        parameters = dict(block.named_parameters())
+
+        def run(x, *values, block=block, names=tuple(parameters)):
+            return torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x,))
+
+        assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
+
+
+def test_streams_may_be_swapped():
+    """With equal scales, exchanging the streams exchanges the results: the weights are shared."""
+    block = MuGI(8, split=False)
+    for scale in (*block.a, *block.b):
+        torch.nn.init.constant_(scale, 0.5)
+    x, y = torch.randn(2, 3, 8, 6, 6)
+    there, back = block(torch.cat([x, y])), block(torch.cat([y, x]))
+    torch.testing.assert_close(there, torch.cat(back.chunk(2)[::-1]))
+
+
+def test_mutual_gate():
+    d = torch.randn(4, 6, 5, 7, requires_grad=True)
+    (x1, x2), (y1, y2) = (stream.chunk(2, 1) for stream in d.chunk(2))
+    expected = torch.cat([x1 * y2, y1 * x2])
+    torch.testing.assert_close(mutual_gate(d), expected)
+    weight = torch.randn_like(expected)
+    ours, plain = (torch.autograd.grad((out * weight).sum(), d)[0] for out in (mutual_gate(d), expected))
+    torch.testing.assert_close(ours, plain)
+
+
+def test_bf16_is_near_fp32():
+    net = tiny()
+    mixture, features = inputs()
+    exact = net(mixture, features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = net(mixture, features)
+        sum(o.float().square().mean() for o in rounded).backward()
+    for a, b in zip(rounded, exact, strict=True):
+        # 8 bits of mantissa, some 30 roundings one after the other
+        assert (a.float() - b).norm() / b.norm() < 0.05
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_refuses_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tiny()(torch.rand(1, 3, 20, 32), [])
+
+
+def test_keeps_less_for_the_backward_pass_than_the_plain_network():
+    """Bytes kept between forward and backward: at most 0.6 of the plain network's."""
+
+    def kept(forward) -> int:
+        seen = {}
+
+        def pack(tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)  # so that no two live tensors share an address
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward()
+        return sum(seen.values()) - sum(p.nbytes for p in net.parameters() if p.data_ptr() in seen)
+
+    net = tiny()
+    mixture, features = inputs(96, 96, 1)
+    ours = kept(lambda: net(mixture, features))
+    net.to(memory_format=torch.contiguous_format)
+    assert ours < 0.6 * kept(lambda: plain_forward(net, mixture, features))

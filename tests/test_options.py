@@ -1,0 +1,115 @@
+"""The command line."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import options
+from options import as_text, parse_train, train_parser
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """A folder without ./dataset."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys, options\ntry: options.parse_train(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - began < 1
+    assert done.stdout.strip().endswith("[]")
+    assert "--lambda_vgg" in done.stdout
+
+
+def test_every_option_has_help():
+    assert [a.dest for a in train_parser()._actions if not a.help] == []
+
+
+def test_published_command_runs_unchanged(tmp_path):
+    (tmp_path / "dataset/reflection-removal").mkdir(parents=True)
+    line = (
+        "--lr 0.0001 --inet dsrnet_l --model dsrnet_model_sirs --dataset sirs_dataset --loss losses --name dsrnet_l "
+        "--lambda_vgg 0.01 --lambda_rec 0.2 --if_align --seed 2018 --base_dir ./dataset/reflection-removal/"
+    )
+    parsed = parse_train(line.split())
+    assert parsed.inet == "dsrnet_l" and parsed.if_align and not parsed.demo
+    plain = vars(parse_train(["--inet", "dsrnet_l", "--if_align"]))
+    assert {k: v for k, v in vars(parsed).items() if plain[k] != v} == {}, "the published values are the defaults"
+
+
+def test_published_recipe_is_the_default(tmp_path):
+    (tmp_path / "dataset/reflection-removal").mkdir(parents=True)
+    parsed = vars(parse_train([]))
+    wanted = {"batchSize": 1, "nEpochs": 25, "seed": 2018, "lr": 1e-4, "optimizer": "adamw", "wd": 1e-2}
+    wanted |= {"scheduler": "cosine_iter", "period": 300, "lr_min": 1e-5, "crop_size": 224, "mix": [0.6, 0.2, 0.2]}
+    wanted |= {"precision": "fp32", "grad_clip": 0, "ema": 0, "lambda_vgg": 0.01, "lambda_rec": 0.2}
+    assert {key: parsed[key] for key in wanted} == wanted
+
+
+def test_demo_where_there_is_no_data():
+    parsed = parse_train(["--nEpochs", "7"])
+    assert parsed.demo and parsed.vgg_weights == "random" and parsed.base_dir == options.DEMO_DATA
+    assert parsed.nEpochs == 7, "the command line wins over the demo's schedule"
+
+
+def test_config_gives_defaults_that_the_command_line_overrides(tmp_path):
+    (tmp_path / "c.yaml").write_text("lr: 0.002\nnEpochs: 3\nif_align: true\nmix: [1, 0, 0]\nbase_dir: .\n")
+    parsed = parse_train(["--config", "c.yaml", "--nEpochs", "4"])
+    assert (parsed.lr, parsed.nEpochs, parsed.if_align, parsed.mix) == (0.002, 4, True, [1, 0, 0])
+    assert parsed.base_dir == Path() and not parsed.demo
+
+
+def test_written_options_are_a_config(tmp_path):
+    first = parse_train(
+        ["--inet", "dsrnet_m", "--base_dir", ".", "--lr", "3e-4", "--gpu_ids", "0,1", "--resume", "auto"]
+    )
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(as_text(first)))
+    second = parse_train(["--config", "options.yaml"])
+    assert {k: v for k, v in vars(second).items() if k != "config" and v != vars(first)[k]} == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--crop_size", "100"], "multiple of 16"),
+        (["--mix", "0", "0", "0"], "--mix"),
+        (["--lr", "1e-6"], "--lr_min"),
+        (["--lr", "nan"], "finite"),
+        (["--batchSize", "0"], "at least 1"),
+        (["--nEpochs", "-1"], "negative"),
+        (["--ema", "1"], r"\[0, 1\)"),
+        (["--weight_path", "nowhere.pt"], "nowhere.pt"),
+        (["--base_dir", "nowhere"], "nowhere"),
+        (["--vgg_weights", "nowhere.pth"], "nowhere.pth"),
+        (["--name", "../x"], "plain folder name"),
+        (["--nEpochs", "0"], "--weight_path"),
+        (["--gpu_ids", "0,0"], "repeated"),
+        (["--gpu_ids", "zero"], "zero"),
+        (["--loss", "nowhere"], "models/nowhere.py"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--nepochs", "3"], "--nepochs"),
+        (["--config", "bad.yaml"], "learning_rate"),
+        (["--config", "worse.yaml"], "--lr"),
+        (["--config", "list.yaml"], "option: value"),
+    ],
+)
+def test_what_cannot_work_fails_before_anything_is_created(arguments, told, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("learning_rate: 1\n")
+    (tmp_path / "worse.yaml").write_text("lr: fast\n")
+    (tmp_path / "list.yaml").write_text("- lr\n")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        parse_train(arguments)
+    assert stop.value.code == 2
+    assert re.search(told, capsys.readouterr().err.splitlines()[-1])
+    assert sorted(tmp_path.iterdir()) == before

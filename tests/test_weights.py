@@ -1,0 +1,123 @@
+"""Checkpoints, published and own, into networks."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from models.arch import create_model
+from models.weights import load_weights
+from tests.conftest import GOLDEN, published_state
+from util import checkpoint
+from util.errors import UserError
+
+SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["dsrnet_s"]
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return published_state(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def expected(state) -> dict[str, torch.Tensor]:
+    net = create_model("dsrnet_s")
+    load_weights(net, state)
+    return net.state_dict()
+
+
+def load(source) -> dict[str, torch.Tensor]:
+    net = create_model("dsrnet_s")
+    load_weights(net, source)
+    return net.state_dict()
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"weight": s, "epoch": 18},
+        lambda s: {"icnn": s, "epoch": 18, "iterations": 3},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"state_dict": {f"net.module.{k}": v for k, v in s.items()}},
+        lambda s: {f"network.{k}": v for k, v in s.items()},
+        lambda s: {k: v for k, v in s.items() if "seq_r" not in k},
+    ],
+)
+def test_published_layouts(wrap, state, expected, tmp_path):
+    torch.save(wrap(state), tmp_path / "published.pt")
+    assert same(load(tmp_path / "published.pt"), expected)
+
+
+def test_own_layout_and_moving_average(expected):
+    doubled = {key: 2 * value for key, value in expected.items()}
+    assert same(load({"network": expected, "ema": None}), expected)
+    assert same(load({"network": expected, "ema": doubled}), doubled)
+
+
+def test_the_rest_of_a_checkpoint_is_returned(state):
+    assert load_weights(create_model("dsrnet_s"), {"weight": state, "epoch": 18}) == {"epoch": 18}
+
+
+def test_misfits_are_named(state, tmp_path):
+    broken = dict(state)
+    del broken["ending.seq.0.bias"]
+    broken["extra.weight"] = torch.zeros(1)
+    broken["ups.0.seq.0.weight"] = torch.zeros(2, 2, 1, 1)
+    with pytest.raises(UserError) as error:
+        load(broken)
+    for told in ("1 missing: head.bias", "1 left over: extra.weight", "unet.ups.0.weight (2, 2, 1, 1)", "--inet"):
+        assert told in str(error.value)
+
+
+def test_doubled_names_must_agree(state):
+    broken = dict(state)
+    broken["lrm.intro.seq_r.0.bias"] = broken["lrm.intro.seq_r.0.bias"] + 1
+    with pytest.raises(UserError, match=r"residue\.expand\.bias"):
+        load(broken)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, capsys):
+    torch.save({"weight": Malicious()}, tmp_path / "bad.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Malicious()))
+    for name in ("bad.pt", "pickle.pt"):
+        with pytest.raises(UserError, match=name):
+            load(tmp_path / name)
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_unreadable_files_are_named(content, tmp_path):
+    path = tmp_path / "weights.pt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.pt"):
+        load(path)
+
+
+def test_no_weights_in_it():
+    with pytest.raises(UserError, match="its keys are epoch"):
+        load({"epoch": 3})
+
+
+def test_writing_replaces_only_when_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save({"step": 1}, path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save({"step": 2}, path)
+    assert checkpoint.load(path) == {"step": 1}
