@@ -120,11 +120,16 @@ def _module(options: Namespace):
 
 def _workers(options: Namespace, count: int, persistent: bool = False) -> dict[str, object]:
     """The arguments of a DataLoader that say how samples are made and handed over."""
-    pinned = {"pin_memory": torch.cuda.is_available() and options.gpu_ids != []}
+    always = {
+        "pin_memory": torch.cuda.is_available() and options.gpu_ids != [],
+        # A loader draws a seed whenever it is iterated; from the global stream, that would make what follows
+        # depend on how often a run was resumed.
+        "generator": torch.Generator(),
+    }
     if not count:
-        return pinned
+        return always
     return {
-        **pinned,
+        **always,
         "num_workers": count,
         "persistent_workers": persistent,
         "prefetch_factor": _PREFETCH,

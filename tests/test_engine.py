@@ -29,15 +29,15 @@ ROOT = Path(__file__).parent.parent
 SETS = {"val", "demo_clip", "demo_screen", "average"}
 
 
-def arguments(demo: Path, runs: Path, *more: str) -> list[str]:
+def arguments(data_folder: Path, runs: Path, *more: str) -> list[str]:
     """A run of a few tiny steps."""
-    fixed = "--gpu_ids -1 --crop_size 32 --vgg_weights random --epoch_size 4 --nThreads 0 --max_dataset_size 4 "
-    fixed += f"--val_split 0.2 --panels 1 --log_every 2 --base_dir {demo} --checkpoints_dir {runs}"
+    fixed = "--gpu_ids -1 --crop_size 32 --vgg_weights random --epoch_size 4 --nThreads 0 "
+    fixed += f"--val_split 0.2 --panels 1 --log_every 2 --base_dir {data_folder} --checkpoints_dir {runs}"
     return [*fixed.split(), "--comment", "a test", *more]
 
 
-def run(demo: Path, runs: Path, *more: str) -> tuple[int, Path]:
-    options = parse_train(arguments(demo, runs, *more))
+def run(data_folder: Path, runs: Path, *more: str) -> tuple[int, Path]:
+    options = parse_train(arguments(data_folder, runs, *more))
     return train(options), runs / options.name
 
 
@@ -53,9 +53,9 @@ def same(a, b) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(demo, tmp_path_factory) -> Path:
+def finished(tiny_data, tmp_path_factory) -> Path:
     """The folder of a run of four epochs, with everything switched on."""
-    status, folder = run(demo, tmp_path_factory.mktemp("runs"), *FULL, "--nEpochs", "4", "--name", "four")
+    status, folder = run(tiny_data, tmp_path_factory.mktemp("runs"), *FULL, "--nEpochs", "4", "--name", "four")
     assert status == 0
     return folder
 
@@ -125,17 +125,17 @@ def test_files_of_a_run(finished):
     assert best["best"] == max(scores.values()) == scores[best["epoch"]]
 
 
-def test_two_and_two_epochs_equal_four(finished, demo, tmp_path):
-    assert run(demo, tmp_path, *FULL, "--nEpochs", "2", "--name", "twice")[0] == 0
-    status, folder = run(demo, tmp_path, *FULL, "--nEpochs", "4", "--name", "twice", "--resume")
+def test_two_and_two_epochs_equal_four(finished, tiny_data, tmp_path):
+    assert run(tiny_data, tmp_path, *FULL, "--nEpochs", "2", "--name", "twice")[0] == 0
+    status, folder = run(tiny_data, tmp_path, *FULL, "--nEpochs", "4", "--name", "twice", "--resume")
     assert status == 0
     assert same(checkpoint.load(folder / "last.pt"), checkpoint.load(finished / "last.pt"))
     without_time = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
     assert without_time == [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(finished)]
 
 
-def start(demo: Path, runs: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "train_sirs.py", *arguments(demo, runs, *more)]
+def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "train_sirs.py", *arguments(data_folder, runs, *more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -150,23 +150,23 @@ def wait_for_writes(path: Path, process: subprocess.Popen, count: int) -> None:
         time.sleep(0.002)
 
 
-def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(demo, tmp_path):
+def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(tiny_data, tmp_path):
     settings = ("--nEpochs", "2", "--epoch_size", "6", "--save_steps", "1")
-    whole = run(demo, tmp_path, *settings, "--name", "whole")[1]
-    process = start(demo, tmp_path, *settings, "--name", "killed")
+    whole = run(tiny_data, tmp_path, *settings, "--name", "whole")[1]
+    process = start(tiny_data, tmp_path, *settings, "--name", "killed")
     wait_for_writes(tmp_path / "killed/last.pt", process, 3)
     process.kill()
     process.communicate()
     state = checkpoint.load(tmp_path / "killed/last.pt")
     assert (state["epoch"], state["step"]) < (2, 0)
-    status, folder = run(demo, tmp_path, *settings, "--name", "killed", "--resume")
+    status, folder = run(tiny_data, tmp_path, *settings, "--name", "killed", "--resume")
     assert status == 0
     assert same(checkpoint.load(folder / "last.pt"), checkpoint.load(whole / "last.pt"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_exits(demo, tmp_path, number):
-    process = start(demo, tmp_path, "--nEpochs", "50", "--save_steps", "1", "--name", "stopped", "--nThreads", "1")
+def test_signal_saves_and_exits(tiny_data, tmp_path, number):
+    process = start(tiny_data, tmp_path, "--nEpochs", "50", "--save_steps", "1", "--name", "stopped", "--nThreads", "1")
     wait_for_writes(tmp_path / "stopped/last.pt", process, 2)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
@@ -176,11 +176,11 @@ def test_signal_saves_and_exits(demo, tmp_path, number):
     assert checkpoint.load(tmp_path / "stopped/last.pt")["global_step"] > 0
 
 
-def test_loss_that_is_not_finite_stops_the_run(demo, tmp_path, monkeypatch, capsys):
+def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch, capsys):
     import models.losses
 
     monkeypatch.setattr(models.losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
-    status, folder = run(demo, tmp_path, "--nEpochs", "1", "--name", "nan", "--batchSize", "2")
+    status, folder = run(tiny_data, tmp_path, "--nEpochs", "1", "--name", "nan", "--batchSize", "2")
     assert status == 1
     told = capsys.readouterr().err
     saved = checkpoint.load(next(folder.glob("nonfinite_*.pt")))
@@ -189,7 +189,7 @@ def test_loss_that_is_not_finite_stops_the_run(demo, tmp_path, monkeypatch, caps
     assert "network" in saved and NonFiniteLoss.__name__ not in told
 
 
-def test_every_option_is_read(demo, tmp_path, monkeypatch):
+def test_every_option_is_read(tiny_data, tmp_path, monkeypatch):
     read: set[str] = set()
 
     class Spy(argparse.Namespace):
@@ -197,15 +197,17 @@ def test_every_option_is_read(demo, tmp_path, monkeypatch):
             read.add(name)
             return super().__getattribute__(name)
 
-    parsed = parse_train(arguments(demo, tmp_path, "--nEpochs", "1", "--epoch_size", "2"))
+    parsed = parse_train(arguments(tiny_data, tmp_path, "--nEpochs", "1", "--epoch_size", "2"))
     assert train(Spy(**vars(parsed))) == 0
     before_training = {"config", "list_models", "help"}  # read by parse_train and by main
     options = {action.dest for action in train_parser()._actions}
     assert options - read - before_training == set()
 
 
-def test_evaluation_only(finished, demo, tmp_path):
-    status, folder = run(demo, tmp_path, "--nEpochs", "0", "--weight_path", str(finished / "last.pt"), "--name", "e")
+def test_evaluation_only(finished, tiny_data, tmp_path):
+    status, folder = run(
+        tiny_data, tmp_path, "--nEpochs", "0", "--weight_path", str(finished / "last.pt"), "--name", "e"
+    )
     assert status == 0
     ours, theirs = (
         {
@@ -219,30 +221,30 @@ def test_evaluation_only(finished, demo, tmp_path):
     assert not list(folder.glob("*.pt"))
 
 
-def test_a_second_run_of_a_name_gets_a_folder_of_its_own(finished, demo, capsys):
+def test_a_second_run_of_a_name_gets_a_folder_of_its_own(finished, tiny_data, capsys):
     status, _ = run(
-        demo, finished.parent, "--nEpochs", "0", "--weight_path", str(finished / "best.pt"), "--name", "four"
+        tiny_data, finished.parent, "--nEpochs", "0", "--weight_path", str(finished / "best.pt"), "--name", "four"
     )
     assert status == 0
     assert (finished.parent / "four-2/metrics.jsonl").exists()
     assert "four-2" in capsys.readouterr().out
 
 
-def test_resuming_what_is_not_there_names_what_is(finished, demo):
+def test_resuming_what_is_not_there_names_what_is(finished, tiny_data):
     with pytest.raises(UserError, match="four"):
-        run(demo, finished.parent, "--name", "fuor", "--resume")
+        run(tiny_data, finished.parent, "--name", "fuor", "--resume")
 
 
 @pytest.mark.parametrize(("change", "told"), [({"inet": "dsrnet_m"}, "dsrnet_m"), ({"format": 99}, "later version")])
-def test_checkpoint_of_something_else_is_refused(finished, demo, tmp_path, change, told):
+def test_checkpoint_of_something_else_is_refused(finished, tiny_data, tmp_path, change, told):
     (tmp_path / "other").mkdir()
     checkpoint.save(checkpoint.load(finished / "last.pt") | change, tmp_path / "other/last.pt")
     with pytest.raises(UserError, match=told):
-        run(demo, tmp_path, *FULL, "--name", "other", "--resume")
+        run(tiny_data, tmp_path, *FULL, "--name", "other", "--resume")
 
 
-def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, demo):
-    command = [sys.executable, "train_sirs.py", *arguments(demo, tmp_path / "runs", "--inet", "dsrnet_xl")]
+def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, tiny_data):
+    command = [sys.executable, "train_sirs.py", *arguments(tiny_data, tmp_path / "runs", "--inet", "dsrnet_xl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().startswith("error:") and "dsrnet_s" in done.stderr and "\n" not in done.stderr.strip()
@@ -250,11 +252,11 @@ def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, demo):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_the_same_global_batch(demo, tmp_path):
+def test_two_processes_train_as_one_with_the_same_global_batch(tiny_data, tmp_path):
     settings = ("--nEpochs", "1", "--epoch_size", "8", "--lr", "1e-4", "--optimizer", "adam", "--name")
-    one = run(demo, tmp_path, *settings, "one", "--batchSize", "2")[1]
+    one = run(tiny_data, tmp_path, *settings, "one", "--batchSize", "2")[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_sirs.py"]
-    command += arguments(demo, tmp_path, *settings, "two", "--batchSize", "1")
+    command += arguments(tiny_data, tmp_path, *settings, "two", "--batchSize", "1")
     subprocess.run(command, cwd=ROOT, check=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
     a, b = (checkpoint.load(tmp_path / name / "last.pt")["network"] for name in ("one", "two"))
     for key in a:
@@ -317,7 +319,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
     assert read_metrics(tmp_path) == [{"epoch": 1}]
 
 
-def test_data_problems_are_told_before_anything_is_created(demo, tmp_path):
+def test_data_problems_are_told_before_anything_is_created(tiny_data, tmp_path):
     (tmp_path / "data/test/mine/blended").mkdir(parents=True)
     (tmp_path / "data/test/mine/transmission_layer").mkdir()
     (tmp_path / "data/test/mine/blended/a.png").write_bytes(b"no image")
@@ -328,9 +330,9 @@ def test_data_problems_are_told_before_anything_is_created(demo, tmp_path):
 
 
 @pytest.mark.cuda
-def test_two_and_two_epochs_equal_four_on_a_gpu(demo, tmp_path):
+def test_two_and_two_epochs_equal_four_on_a_gpu(tiny_data, tmp_path):
     settings = ("--gpu_ids", "0", "--precision", "bf16", "--crop_size", "96", "--batchSize", "2")
-    four = run(demo, tmp_path, *settings, "--nEpochs", "4", "--name", "four")[1]
-    run(demo, tmp_path, *settings, "--nEpochs", "2", "--name", "twice")
-    twice = run(demo, tmp_path, *settings, "--nEpochs", "4", "--name", "twice", "--resume")[1]
+    four = run(tiny_data, tmp_path, *settings, "--nEpochs", "4", "--name", "four")[1]
+    run(tiny_data, tmp_path, *settings, "--nEpochs", "2", "--name", "twice")
+    twice = run(tiny_data, tmp_path, *settings, "--nEpochs", "4", "--name", "twice", "--resume")[1]
     assert same(checkpoint.load(twice / "last.pt"), checkpoint.load(four / "last.pt"))
