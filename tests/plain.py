@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch.blocks import GatedBlock
+from models.arch.blocks import MuGI
 from models.arch.dsrnet import DSRNet
 
 
@@ -51,11 +51,11 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return norm.weight.view(1, -1, 1, 1) * (x - mean) / (variance + norm.eps).sqrt() + norm.bias.view(1, -1, 1, 1)
 
 
-def _attend(block: GatedBlock, x: Tensor) -> Tensor:
+def _attend(block: MuGI, x: Tensor) -> Tensor:
     return x * block.attention(F.adaptive_avg_pool2d(x, 1))
 
 
-def _pair(block: GatedBlock, x: Tensor, y: Tensor) -> list[Tensor]:
+def _pair(block: MuGI, x: Tensor, y: Tensor) -> list[Tensor]:
     a, b = list(block.a), list(block.b) * (3 - len(block.b))
     (x1, x2), (y1, y2) = (block.depthwise(block.expand1(_norm(block.norm1, z))).chunk(2, 1) for z in (x, y))
     x = x + block.project1(_attend(block, x1 * y2)) * a[0]
@@ -64,7 +64,7 @@ def _pair(block: GatedBlock, x: Tensor, y: Tensor) -> list[Tensor]:
     return [x + block.project2(x1 * y2) * b[0], y + block.project2(y1 * x2) * b[1]]
 
 
-def _single(block: GatedBlock, x: Tensor) -> Tensor:
+def _single(block: MuGI, x: Tensor) -> Tensor:
     x1, x2 = block.depthwise(block.expand1(_norm(block.norm1, x))).chunk(2, 1)
     x = x + block.project1(_attend(block, x1 * x2)) * block.a[0]
     x1, x2 = block.expand2(_norm(block.norm2, x)).chunk(2, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.arch import create_model, list_models
-from models.arch.blocks import NAF, MuGI
+from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.fused import mutual_gate
 from models.arch.lrm import LearnableResidue
@@ -17,7 +17,15 @@ from tests.golden.fill import fill, image, pyramid, rng
 from tests.plain import plain_forward
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
-PARAMETERS = {"dsrnet_s": 9_871_590, "dsrnet_m": 53_553_830, "dsrnet_l": 124_602_022}
+PARAMETERS = {
+    "dsrnet_s": 9_871_590,
+    "dsrnet_m": 53_553_830,
+    "dsrnet_l": 124_602_022,
+    "mdsrnet_l": 209_067_942,
+    "mxdsrnet_l": 213_050_598,
+    "mgdsrnet_l": 340_611_750,
+    "mdsrnet_v1_l": 262_450_854,
+}
 NETWORKS = sorted(path.stem.removeprefix("network_") for path in GOLDEN.glob("network_*.npz"))
 
 
@@ -49,7 +57,7 @@ def inputs(height: int = 32, width: int = 48, batch: int = 2) -> tuple[torch.Ten
     return torch.from_numpy(image("image", height, width, batch)), features
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n.rsplit("_", 1)[0] in list_models()])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_network_equals_published_one(name):
     model, size = name.rsplit("_", 1)
     height, width = map(int, size.split("x"))
@@ -68,12 +76,14 @@ def test_network_equals_published_one(name):
         assert norms[translate(str(published))] == pytest.approx(norm, rel=1e-3, abs=1e-7), published
 
 
-@pytest.mark.parametrize("kind", ["shared", "split"])
-def test_mugi_equals_published_one(kind):
-    expected = golden(f"block_mugi_{kind}")
-    block = MuGI(16, split=kind == "split")
-    names = [name for name in SHAPES["dsrnet_s" if kind == "split" else "dsrnet_l"] if "encoders.0.0." in name]
-    fill_published(block, [name.removeprefix("encoders.0.0.") for name in names])
+@pytest.mark.parametrize("scales", ["shared", "split"])
+@pytest.mark.parametrize(
+    ("kind", "block"), [("mugi", MuGI), ("mugim2", MuGIM2), ("mugim_v1", MuGIM), ("mugimg", MuGIMG)]
+)
+def test_block_equals_published_one(kind, block, scales):
+    expected = golden(f"block_{kind}_{scales}")
+    block = block(16, split=scales == "split")
+    fill_published(block, [str(name) for name in expected["grad_names"]])
     x, y = (normal(name, (2, 16, 8, 12)).requires_grad_() for name in "lr")
     out = block(torch.cat([x, y])).chunk(2)
     sum((o * normal(f"grad_{i}", o.shape)).sum() for i, o in enumerate(out)).backward()
@@ -99,7 +109,8 @@ def test_residue_module_equals_published_one():
 @pytest.mark.parametrize("name", list_models())
 def test_named_model(name):
     net = create_model(name)
-    assert sum(p.numel() for p in net.parameters()) == PARAMETERS.get(name, sum(p.numel() for p in net.parameters()))
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
     with torch.no_grad():
         outputs = net(*inputs(16, 32, 1))
     assert [tuple(o.shape) for o in outputs] == [(1, 3, 16, 32)] * 3

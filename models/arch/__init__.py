@@ -3,22 +3,57 @@
 import inspect
 import sys
 
+from models.arch.blocks import MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
+
+_SMALL = {"width": 32, "encoder": (2, 2, 2), "middle": 4, "decoder": (2, 2, 2), "split": True}
+_MEDIUM = {"width": 64, "encoder": (2, 2, 2, 2), "middle": 4, "decoder": (2, 2, 2, 2), "split": False}
+_LARGE = {"width": 64, "encoder": (2, 2, 4, 8), "middle": 12, "decoder": (2, 2, 2, 2), "split": False}
 
 
 def dsrnet_s() -> DSRNet:
     """DSRNet, small: 9.9 M parameters."""
-    return DSRNet(32, (2, 2, 2), 4, (2, 2, 2), split=True)
+    return DSRNet(**_SMALL)
 
 
 def dsrnet_m() -> DSRNet:
     """DSRNet, medium: 53.6 M parameters."""
-    return DSRNet(64, (2, 2, 2, 2), 4, (2, 2, 2, 2), split=False)
+    return DSRNet(**_MEDIUM)
 
 
 def dsrnet_l() -> DSRNet:
     """DSRNet of the ICCV 2023 paper: 124.6 M parameters."""
-    return DSRNet(64, (2, 2, 4, 8), 12, (2, 2, 2, 2), split=False)
+    return DSRNet(**_LARGE)
+
+
+def mdsrnet_s() -> DSRNet:
+    """M2DSRNet in the small layout."""
+    return DSRNet(**_SMALL, block=MuGIM2)
+
+
+def mdsrnet_m() -> DSRNet:
+    """M2DSRNet in the medium layout."""
+    return DSRNet(**_MEDIUM, block=MuGIM2)
+
+
+def mdsrnet_l() -> DSRNet:
+    """M2DSRNet: Mamba in the place of channel attention in the U-Net, 209.1 M parameters."""
+    return DSRNet(**_LARGE, block=MuGIM2)
+
+
+def mdsrnet_v1_l() -> DSRNet:
+    """MDSRNet v1: Mamba in the place of norm and expansion, 262.5 M parameters. Trains badly."""
+    return DSRNet(**_LARGE, block=MuGIM)
+
+
+def mxdsrnet_l() -> DSRNet:
+    """MXDSRNet: M2DSRNet with Mamba in the pyramid, too, 213.1 M parameters."""
+    return DSRNet(**_LARGE, block=MuGIM2, pyramid_block=MuGIM2)
+
+
+def mgdsrnet_l() -> DSRNet:
+    """MGDSRNet: Mamba gates in the U-Net, 340.6 M parameters."""
+    return DSRNet(**_LARGE, block=MuGIMG)
 
 
 def _models() -> dict:

@@ -1,14 +1,25 @@
-"""The blocks: MuGI (DSRNet, ICCV 2023, section 3.2) and its single-stream relative NAF (Chen et al. 2022).
+"""The blocks: MuGI (DSRNet, ICCV 2023, section 3.2), its relatives with Mamba, and NAF (Chen et al. 2022).
 
 A dual-stream feature is one tensor of 2B images, the B transmissions first, then the B reflections. Every layer is
-shared by both streams, so it is an ordinary layer called once. Only the mutual gate and the per-stream scales know
+shared by both streams, so it is an ordinary layer called once. Only the mutual gates and the per-stream scales know
 that there are two.
+
+Every block is two residual steps, x + a * project1(...) and x + b * project2(...), that differ in what is projected:
+
+    MuGI    attend(gate(depthwise(expand(norm x))))            gate(expand(norm x))
+    MuGIM2  mamba(gate(depthwise(expand(norm x))))             gate(expand(norm x))
+    MuGIM   attend(gate(spread(mamba x)))                      gate(spread(mamba x))
+    MuGIMG  attend(mamba gate(depthwise(expand(norm x))))      mamba gate(expand(norm x))
+    NAF     as MuGI, with the gate between halves of the same stream
+
+where attend(v) = v * attention(mean of v over the image), and the gate is part of the projection's operation.
 """
 
 import torch
 from torch import Tensor, nn
 
-from models.arch.fused import Gate, gate_project_add, norm_project
+from models.arch.fused import Gate, gate_project_add, mutual_gate, norm_project
+from models.arch.mamba import ImageMamba
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -29,60 +40,125 @@ class StreamScale(nn.ParameterList):
         return torch.cat(list(self)).flatten(1)
 
 
-class GatedBlock(nn.Module):
-    """Two residual steps around a gate; `MuGI` and `NAF` say which gate and how many streams.
-
-    Step 1: x + a * project(g * attention(mean g)), g = gate(depthwise3x3(expand(norm(x)))).
-    Step 2: x + b * project(gate(expand(norm(x)))).
-
-    Args:
-        channels: C.
-        gate: "mutual" or "self".
-        streams: how many scales a and b have.
-
-    Shapes: (N, C, H, W) -> (N, C, H, W).
-    """
-
-    def __init__(self, channels: int, gate: Gate, streams: tuple[int, int]):
-        super().__init__()
-        self.gate: Gate = gate
-        self.a = StreamScale(channels, streams[0])
-        self.b = StreamScale(channels, streams[1])
-        self.norm1 = ChannelNorm(channels)
-        self.expand1 = nn.Conv2d(channels, 2 * channels, 1)
-        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
-        self.attention = nn.Conv2d(channels, channels, 1)
-        self.project1 = nn.Conv2d(channels, channels, 1)
-        self.norm2 = ChannelNorm(channels)
-        self.expand2 = nn.Conv2d(channels, 2 * channels, 1)
-        self.project2 = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        d = self.depthwise(norm_project(x, self.norm1, self.expand1))  # (N, 2C, H, W)
-        x = gate_project_add(d, x, self.project1, self.a.rows(), self.gate, self.attention)
-        e = norm_project(x, self.norm2, self.expand2)  # (N, 2C, H, W)
-        return gate_project_add(e, x, self.project2, self.b.rows(), self.gate)
-
-
-class MuGI(GatedBlock):
-    """Mutually gated interaction: each stream is gated by the other, (x1 * y2, y1 * x2).
+class Block(nn.Module):
+    """The two residual steps; a subclass says what goes into them.
 
     Args:
         channels: C.
         split: whether each stream has its own scale in the second step, too.
 
-    Shapes: (2B, C, H, W) -> (2B, C, H, W), transmissions first.
+    Shapes: (2B, C, H, W), transmissions first -> the same.
     """
+
+    gates: tuple[Gate, Gate] = ("mutual", "mutual")
+    attends = True
 
     def __init__(self, channels: int, split: bool = True):
-        super().__init__(channels, "mutual", (2, 2 if split else 1))
+        super().__init__()
+        streams = (1, 1) if "self" in self.gates else (2, 2 if split else 1)
+        self.a, self.b = (StreamScale(channels, count) for count in streams)
+        self.attention = nn.Conv2d(channels, channels, 1) if self.attends else None
+        self.project1 = nn.Conv2d(channels, channels, 1)
+        self.project2 = nn.Conv2d(channels, channels, 1)
+
+    def first(self, x: Tensor) -> Tensor:
+        """What the first step gates, attends to and projects."""
+        raise NotImplementedError
+
+    def second(self, x: Tensor) -> Tensor:
+        """What the second step gates and projects."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = gate_project_add(self.first(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
+        return gate_project_add(self.second(x), x, self.project2, self.b.rows(), self.gates[1])
 
 
-class NAF(GatedBlock):
-    """The block of NAFNet: one stream, gated by the other half of its own channels.
+class MuGI(Block):
+    """Mutually gated interaction: each stream is gated by the other, (x1 * y2, y1 * x2)."""
 
-    Shapes: (B, C, H, W) -> (B, C, H, W).
-    """
+    def __init__(self, channels: int, split: bool = True):
+        super().__init__(channels, split)
+        self.norm1 = ChannelNorm(channels)
+        self.expand1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels)
+        self.norm2 = ChannelNorm(channels)
+        self.expand2 = nn.Conv2d(channels, 2 * channels, 1)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.depthwise(norm_project(x, self.norm1, self.expand1))  # (2B, 2C, H, W)
+
+    def second(self, x: Tensor) -> Tensor:
+        return norm_project(x, self.norm2, self.expand2)  # (2B, 2C, H, W)
+
+
+class NAF(MuGI):
+    """The block of NAFNet: one stream, gated by the other half of its own channels; (B, C, H, W) -> the same."""
+
+    gates = ("self", "self")
+
+
+class MuGIM2(MuGI):
+    """MuGI with an image Mamba in the place of channel attention (M2DSRNet)."""
+
+    gates = ("none", "mutual")
+    attends = False
+
+    def __init__(self, channels: int, split: bool = True):
+        super().__init__(channels, split)
+        self.mamba = ImageMamba(channels)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.mamba(mutual_gate(super().first(x)))  # (2B, C, H, W)
+
+
+class MuGIM(Block):
+    """An image Mamba and a grouped convolution in the place of norm and expansion (MDSRNet v1)."""
+
+    def __init__(self, channels: int, split: bool = True):
+        super().__init__(channels, split)
+        self.mamba1, self.mamba2 = ImageMamba(channels), ImageMamba(channels)
+        self.expand1, self.expand2 = (
+            nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=channels) for _ in range(2)
+        )
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.expand1(self.mamba1(x))  # (2B, 2C, H, W)
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.expand2(self.mamba2(x))  # (2B, 2C, H, W)
+
+
+class MambaGate(nn.Module):
+    """(M(x) * P(y), M(y) * P(x)) with an image Mamba M and a 1x1 convolution P; (2B, C, H, W) -> the same."""
 
     def __init__(self, channels: int):
-        super().__init__(channels, "self", (1, 1))
+        super().__init__()
+        self.mamba = ImageMamba(channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, other = self.project(x).chunk(2)
+        return self.mamba(x) * torch.cat([other, own])
+
+
+class MuGIMG(Block):
+    """MuGI with Mamba gates (MGDSRNet)."""
+
+    gates = ("none", "none")
+
+    def __init__(self, channels: int, split: bool = True):
+        super().__init__(channels, split)
+        self.norm1 = ChannelNorm(channels)
+        self.expand1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.depthwise = nn.Conv2d(2 * channels, channels, 3, padding=1, groups=channels)
+        self.gate1 = MambaGate(channels)
+        self.norm2 = ChannelNorm(channels)
+        self.expand2 = nn.Conv2d(channels, channels, 1)
+        self.gate2 = MambaGate(channels)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.gate1(self.depthwise(norm_project(x, self.norm1, self.expand1)))  # (2B, C, H, W)
+
+    def second(self, x: Tensor) -> Tensor:
+        return self.gate2(norm_project(x, self.norm2, self.expand2))  # (2B, C, H, W)

@@ -48,7 +48,6 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"models.scan.{MODULES[name]}")
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> str:
     """The backend for tensors of `device` and `dtype`, when `requested` (None or "auto": the first that works).
 
@@ -66,6 +65,11 @@ def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> st
         raise RuntimeError(f"selective_scan: {source} {name!r} can't run on {device} tensors: {reason}")
     _log_once(f"selective scan of {device} tensors: {name}, as asked for")
     return name
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton with it): a traced
+# graph holds the name that was chosen when it was traced.
+choose_backend._dynamo_marked_constant = True
 
 
 @cache

@@ -24,7 +24,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation is {activation!r}, not 'silu' or None")
-    if x.is_cuda and _package_works():
+    if x.is_cuda and package_works():
         return _package()(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
     width = weight.shape[1]
     y = F.conv1d(x, weight[:, None], bias, padding=width - 1, groups=len(weight))[..., : x.shape[2]]
@@ -37,9 +37,16 @@ def _package():
     return causal_conv1d_fn
 
 
-@torch.compiler.assume_constant_result
+def package_works() -> bool:
+    """Whether the `causal_conv1d` package can be imported and its kernel runs."""
+    return _try_package()
+
+
+package_works._dynamo_marked_constant = True  # see models.scan.backends
+
+
 @cache
-def _package_works() -> bool:
+def _try_package() -> bool:
     try:
         x = torch.ones(1, 8, 8, device="cuda")
         _package()(x, x[0, :, :4].contiguous(), x[0, :, 0].contiguous(), activation="silu")

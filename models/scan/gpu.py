@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 128  # steps
+CHANNELS = 32  # of a program of the forward pass
 CHUNKS_AT_ONCE = 128  # in the pass over the chunks
 PAIRS = 16  # (channel, state) pairs in one of its programs
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -285,8 +286,8 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
     chunks = states.shape[1] - 1
     spans = u.new_empty(batch, chunks, d, dtype=torch.float32)
     y = torch.empty_like(u)
-    tile = {"N": n, "SOFTPLUS": delta_softplus, "CHANNELS": 32, "STEPS": CHUNK, "num_warps": 8}
-    grid = chunks, triton.cdiv(d, 32), batch
+    tile = {"N": n, "SOFTPLUS": delta_softplus, "CHANNELS": CHANNELS, "STEPS": CHUNK, "num_warps": 8}
+    grid = chunks, triton.cdiv(d, CHANNELS), batch
     with _device(u):
         chunk_states[grid](
             *_strided(u, delta, B), A, delta_bias, states, spans, d, length, chunks, **tile
@@ -305,7 +306,8 @@ def scan_backward(
     n = A.shape[1]
     A, D, delta_bias = _float32(A, D, delta_bias)
     chunks = saved.shape[1] - 1
-    channels = 16 if n <= 16 else 32  # that a program sums dB and dC over: these take 2 n / channels of u's memory
+    # A program's sums over channels for dB and dC take 2 n / channels of u's memory, its tiles all its registers.
+    channels = CHANNELS // 2 if n <= 16 else CHANNELS
     groups = triton.cdiv(d, channels)
     new = saved.new_empty
     gradients = new(saved.shape)

@@ -1,8 +1,11 @@
 """`selective_scan` as a torch operator: torch.compile, autocast, FLOP counters and opcheck all understand it."""
 
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from models.scan.backends import asked_for, backend_module, choose_backend
 
@@ -166,7 +169,6 @@ def _backward(ctx, dy, dlast, *_):
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.scan.selective_scan)
 def _scan_flops(u_shape, delta_shape, A_shape, B_shape, C_shape, D_shape, z_shape, *args, **kwargs) -> int:
     """Seven operations a state and step: delta A, exp, times h, x B, their sum, and C h added to y."""
     batch, d, length = u_shape
@@ -174,10 +176,35 @@ def _scan_flops(u_shape, delta_shape, A_shape, B_shape, C_shape, D_shape, z_shap
     return batch * d * length * (7 * A_shape[1] + around)
 
 
-@register_flop_formula(torch.ops.scan.selective_scan_backward)
 def _scan_backward_flops(
     dy_shape, dlast_shape, saved_shape, ungated_shape, u_shape, delta_shape, A_shape, *args, **kwargs
 ) -> int:
     """Nineteen a state and step: five for the state again, two each for g, dx, dA, dB, dC and A q, two for q."""
     batch, d, length = u_shape
     return batch * d * length * 19 * A_shape[1]
+
+
+class _FlopFormulas(MetaPathFinder):
+    """Registers the formulas as soon as anybody imports torch's FLOP counter: importing it here would import
+    Triton, which most programs never need."""
+
+    name = "torch.utils.flop_counter"
+
+    def find_spec(self, name, path, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), self.register(module))
+        return spec
+
+    def register(self, flop_counter) -> None:
+        flop_counter.register_flop_formula(torch.ops.scan.selective_scan)(_scan_flops)
+        flop_counter.register_flop_formula(torch.ops.scan.selective_scan_backward)(_scan_backward_flops)
+
+
+if _FlopFormulas.name in sys.modules:
+    _FlopFormulas().register(sys.modules[_FlopFormulas.name])
+else:
+    sys.meta_path.insert(0, _FlopFormulas())
