@@ -14,12 +14,18 @@ Work is divided by shape alone, never by the number of threads, and every sum ru
 are bit-equal for any number of threads.
 """
 
+import ctypes
 import itertools
 import math
+import mmap
 import operator
 import os
+import re
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial, reduce
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -34,6 +40,7 @@ from torch import Tensor
 LANES = 16  # channels in one vector
 TILE = 64  # steps between two stored states
 ROW = 4 * LANES  # bytes of one vector
+HUGE_PAGE = 1 << 21  # bytes
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -402,9 +409,10 @@ def backward(
     B, C, u, delta, z, dy, du, ddelta, dz,
 ):  # fmt: skip
     """Tasks `first` to `last` - 1 of the adjoint: fills du, ddelta, dz; per image packed dA, dD, dbias; and per
-    task dB, dC, (steps rounded up to whole tiles, n), sums over the `group` blocks of channels of the task.
+    task dB, dC (length, n rounded up to sixteens), sums over the `group` blocks of channels of the task.
 
-    dh (like h) holds the gradient of the last state and is used up. Scratch: TILE (8 + 4 n) + n vectors.
+    dh (like h) holds the gradient of the last state and is used up. Scratch: 8 TILE + (2 TILE + 3) width vectors,
+    where width is n rounded up to sixteens.
 
     With g_t = C_t dy_t + a_{t+1} g_{t+1}, the gradient of the state h_t = a_t h_{t-1} + delta_t u_t B_t:
     du_t = D dy_t + delta_t sum_n g_t B_t            dB_t = sum_d g_t delta_t u_t     dC_t = sum_d dy_t h_t
@@ -415,8 +423,12 @@ def backward(
     u_tile, delta_tile, z_tile, dy_tile, dt_tile, du_tile, ddelta_tile, dz_tile = [
         scratch + i * TILE * ROW for i in range(8)
     ]
+    width = (n + LANES - 1) // LANES * LANES
     states = scratch + 8 * TILE * ROW  # before each step; (TILE + 1, n, 16)
-    decays, dB_tile, dC_tile = [states + (n + i * TILE * n) * ROW for i in range(1, 4)]  # (TILE, n, 16) each
+    decays = states + (TILE + 1) * n * ROW  # (TILE, n, 16)
+    B_terms, C_terms = decays + TILE * n * ROW, decays + (TILE * n + width) * ROW  # of one step; (width, 16)
+    for i in range(2 * width):
+        store(B_terms + i * ROW, constant(0.0))
     one = constant(1.0)
     for task in range(first, last):
         image, first_block = task // groups, task % groups * group
@@ -430,9 +442,10 @@ def backward(
         for tile in range(tiles - 1, -1, -1):
             start = tile * TILE
             steps = min(TILE, length - start)
-            for i in range(TILE * n):
-                store(dB_tile + i * ROW, constant(0.0))
-                store(dC_tile + i * ROW, constant(0.0))
+            dB_tile, dC_tile = dB + 4 * (task * length + start) * width, dC + 4 * (task * length + start) * width
+            for i in range(0, 4 * steps * width, ROW):
+                store(dB_tile + i, constant(0.0))
+                store(dC_tile + i, constant(0.0))
             for block in range(first_block, last_block):
                 channel = block * LANES
                 channels = min(LANES, d - channel)
@@ -492,8 +505,12 @@ def backward(
                         sum_Aq = fma(load(A_block + i * ROW), q, sum_Aq)
                         store(dh_block + i * ROW, carried)
                         store(dA_block + i * ROW, fma(delta_t, q, load(dA_block + i * ROW)))
-                        store(dB_tile + row, fma(g, x_t, load(dB_tile + row)))
-                        store(dC_tile + row, fma(dy_t, load(states + n * ROW + row), load(dC_tile + row)))
+                        store(B_terms + i * ROW, g * x_t)
+                        store(C_terms + i * ROW, dy_t * load(states + n * ROW + row))
+                    for i in range(0, width, LANES):
+                        dB_t, dC_t = dB_tile + 4 * (t * width + i), dC_tile + 4 * (t * width + i)
+                        store(dB_t, load(dB_t) + row_sums(B_terms + i * ROW))
+                        store(dC_t, load(dC_t) + row_sums(C_terms + i * ROW))
                     ddelta_t = fma(dx_t, u_t, sum_Aq * constant(LN2))
                     if use_softplus:
                         ddelta_t = ddelta_t * sigmoid(load(delta_tile + t * ROW) + bias_block)
@@ -506,33 +523,24 @@ def backward(
                 if use_z:
                     write_tile(dz, image, channel, channels, start, steps, dz_tile)
 
-            # Sixteen of the (step, state) pairs at a time: lanes are added up, and it's one vector again.
-            done = (task * tiles + tile) * TILE * n
-            for i in range(0, TILE * n, LANES):
-                store(dB + 4 * (done + i), row_sums(dB_tile + i * ROW))
-                store(dC + 4 * (done + i), row_sums(dC_tile + i * ROW))
-
 
 @kernel((int64, int64, int64, Shape, int64, int64, int64, Strided, Strided))
 def sum_groups(scratch, first, last, shape, groups, dB, dC, B_sum, C_sum):
-    """Tasks `first` to `last` - 1, each one tile of one image: adds up what `backward` left for every group of
-    channels, always in the same order. Scratch: TILE n / 16 vectors."""
+    """Tasks `first` to `last` - 1, each one step of one image: adds up what `backward` left for every group of
+    channels, always in the same order. Scratch: one vector."""
     _, length, n, _ = shape
-    tiles = (length + TILE - 1) // TILE
+    width = (n + LANES - 1) // LANES * LANES
     for task in range(first, last):
-        image, tile = task // tiles, task % tiles
-        start = tile * TILE
+        image, step = task // length, task % length
         for parts, total in ((dB, B_sum), (dC, C_sum)):
-            part = parts + 4 * (image * groups * tiles + tile) * TILE * n
-            for i in range(0, 4 * TILE * n, ROW):
-                numbers = load(part + i)
+            part = parts + 4 * (image * groups * length + step) * width
+            for i in range(0, n, LANES):
+                numbers = load(part + 4 * i)
                 for group in range(1, groups):
-                    numbers = numbers + load(part + i + 4 * group * tiles * TILE * n)
-                store(scratch + i, numbers)
-            for t in range(min(TILE, length - start)):
-                address = at(total, image, start + t)
-                for i in range(n):
-                    copy_number(scratch + 4 * (t * n + i), address + i * total[2])
+                    numbers = numbers + load(part + 4 * (i + group * length * width))
+                store(scratch, numbers)
+                for j in range(min(LANES, n - i)):
+                    copy_number(scratch + 4 * j, at(total, image, step) + (i + j) * total[2])
 
 
 # From tensors to addresses -----------------------------------------------------------------------------
@@ -554,7 +562,7 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
     saved = u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32)
     blocks = saved.shape[1]
     h = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
-    y = torch.empty_like(u, dtype=torch.float32)
+    y = _new_like(u)
     _run(
         forward,
         tasks=batch * blocks,
@@ -572,20 +580,21 @@ def scan_backward(
     """Gradients of u, delta, A, B, C, D, z, delta_bias, in float32, from those of y and the last state."""
     batch, d, length = u.shape
     n = A.shape[1]
-    blocks, tiles = saved.shape[1:3]
-    group = -(-2 * n // LANES)  # so many blocks that dB and dC of all groups take no more memory than u
+    blocks = saved.shape[1]
+    width = -(-n // LANES) * LANES
+    group = 2 * width // LANES  # so many blocks that dB and dC of all groups take no more memory than u
     groups = -(-blocks // group)
     shape = d, length, n, blocks
     new = partial(u.new_empty, dtype=torch.float32)
-    du, ddelta, dz = (torch.empty_like(t, dtype=torch.float32) for t in (u, delta, u[:0] if z is None else z))
+    du, ddelta, dz = (_new_like(t) for t in (u, delta, u[:0] if z is None else z))
     dA, dD, dbias = new(batch, blocks, n, LANES), new(batch, blocks, 1, LANES), new(batch, blocks, 1, LANES)
-    dB_parts, dC_parts = (new(batch, groups, tiles * TILE, n) for _ in range(2))
+    dB_parts, dC_parts = (new(batch, groups, length, width) for _ in range(2))
     dB, dC = (torch.empty_like(t, dtype=torch.float32) for t in (B, C))
     dh = _packed_states(A.new_zeros(batch, d, n) if dlast is None else dlast)
     _run(
         backward,
         tasks=batch * groups,
-        scratch=TILE * (8 + 4 * n) + n,
+        scratch=8 * TILE + (2 * TILE + 3) * width,
         settings=(shape, group, delta_softplus, z is not None),
         packed=(
             *(_packed_states(A[None] * LOG2E), _packed(D, d), _packed(delta_bias, d), saved),
@@ -595,8 +604,8 @@ def scan_backward(
     )
     _run(
         sum_groups,
-        tasks=batch * tiles,
-        scratch=TILE * n // LANES,
+        tasks=batch * length,
+        scratch=1,
         settings=(shape, groups),
         packed=(dB_parts, dC_parts),
         strided=(dB, dC),
@@ -639,10 +648,41 @@ def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strid
         for first, last in waiting:
             kernel(aligned, first, last, *settings, *addresses, *views)
 
+    if threads == 1:
+        work()
+    else:
+        _in_parallel(work, threads)
+
+
+_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _in_parallel(work: Callable[[], None], threads: int) -> None:
+    """Calls `work` in so many threads: torch's own, where its OpenMP library can be reached.
+
+    Those go on spinning for milliseconds after torch needed them; other threads would have to share the
+    processors with them.
+    """
+    if (openmp := _openmp()) is not None:
+        openmp.GOMP_parallel(_Callback(lambda _: work()), None, threads, 0)
+        return
     helpers = [_pool(threads).submit(work) for _ in range(threads - 1)]
     work()
     for helper in helpers:
         helper.result()
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded, if it has the entry point of GNU's."""
+    maps = Path("/proc/self/maps")
+    loaded = re.findall(r"/.*/lib(?:gomp|iomp5|omp)\b.*", maps.read_text()) if maps.exists() else []
+    own = [path for path in loaded if path.startswith(str(Path(torch.__file__).parent))]
+    for path in [*own, *loaded]:
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return library
+    return None
 
 
 @cache
@@ -652,3 +692,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 # A forked process has no threads but the one that forked.
 os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _new_like(t: Tensor) -> Tensor:
+    """torch.empty_like in float32; large ones in huge pages, as faulting in small ones takes longer than a scan."""
+    new = torch.empty_like(t, dtype=torch.float32)
+    if sys.platform == "linux" and new.nbytes >= HUGE_PAGE:
+        start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = new.data_ptr() + new.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return new
