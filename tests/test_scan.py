@@ -41,6 +41,17 @@ def no_backend_asked_for(monkeypatch):
     set_backend(None)
 
 
+@pytest.fixture
+def fresh_choice():
+    """Forgets what is known to work and what was logged, before and after."""
+    caches = (backends.why_not, backends._first_that_works, backends._log_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
     """The interpreter takes as long for padding as for numbers; and this way there are many tiles."""
@@ -62,9 +73,7 @@ def scan_rows_at_once(self, operands):
         row = tuple(self.to_tensor(v[i], t.dtype) for v, t in zip(values, operands, strict=True))
         rows.append(self.combine_fn.fn(*rows[-1], *row))
     results = [np.stack([t.handle.data for t in column]) for column in zip(*rows, strict=True)]
-    return [
-        self.to_tensor(np.moveaxis(r, 0, self.axis), t.dtype) for r, t in zip(results, operands, strict=True)
-    ]
+    return [self.to_tensor(np.moveaxis(r, 0, self.axis), t.dtype) for r, t in zip(results, operands, strict=True)]
 
 
 def random_inputs(batch, d, length, n, seed=0, options=NAMES[5:], dtype=torch.float32, device="cpu"):
@@ -372,6 +381,17 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="tested once")
+def test_first_call_may_be_a_fake_one(fresh_choice):
+    """What works is found out by really computing, also where everything else is pretended."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        y = selective_scan(*random_inputs(2, 3, 5, 4).values())
+    assert y.shape == (2, 3, 5)
+    assert available_backends("cpu")["cpu"] is None or not HAS_NUMBA
+
+
+@pytest.mark.skipif(INTERPRETED, reason="tested once")
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -386,17 +406,6 @@ def test_flops_are_counted():
 
 
 # The choice of a backend -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_choice():
-    """Forgets what is known to work and what was logged, before and after."""
-    caches = (backends.why_not, backends._first_that_works, backends._log_once)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="tested once")
@@ -416,7 +425,7 @@ class TestChoice:
         monkeypatch.delattr("models.scan.cpu", raising=False)
         assert "numba" in available_backends("cpu")["cpu"]
         selective_scan(*random_inputs(1, 2, 3, 2).values())
-        with pytest.raises(RuntimeError, match="'cpu' can't run on cpu tensors: .*numba"):
+        with pytest.raises(RuntimeError, match=r"'cpu' can't run on cpu tensors: .*numba"):
             selective_scan(*random_inputs(1, 2, 3, 2).values(), backend="cpu")
 
     def test_strength_of_wishes(self, monkeypatch):

@@ -63,12 +63,18 @@ class Mamba(nn.Module):
             delta_bias=self.dt_proj.bias.float(),
             delta_softplus=True,
         )
-        return self.out_proj(y.mT)  # (batch, length, d_model)
+        return torch.bmm(y.mT, _for_each(y, self.out_proj.weight.mT))  # (batch, length, d_model)
 
 
 def _project(weight: Tensor, x: Tensor) -> Tensor:
     """(out, in), (batch, in, length) -> (batch, out, length)"""
-    return torch.matmul(weight, x)
+    return torch.bmm(_for_each(x, weight), x)
+
+
+def _for_each(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight for every image of x: F.linear and torch.matmul would fold the images into one matrix, which for
+    steps that are innermost means copies of x and of the result."""
+    return weight.expand(len(x), -1, -1)
 
 
 class ImageMamba(nn.Module):

@@ -11,6 +11,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 logger = logging.getLogger("scan")
 
@@ -79,11 +80,12 @@ def why_not(name: str, device: str) -> str | None:
         module = backend_module(name)
         if not module.runs_on(device):
             return f"it doesn't run on {device} tensors"
-        tiny = torch.ones(1, 1, 2, device=device)
-        state = torch.ones(1, 1, device=device)
-        module.scan(tiny, tiny, -state, tiny, tiny, None, None, None, False)
-        if device == "cuda":
-            torch.cuda.synchronize()  # where a kernel's failure shows
+        with _disable_current_modes():  # really computes, even where a model is only traced or counted
+            tiny = torch.ones(1, 1, 2, device=device)
+            state = torch.ones(1, 1, device=device)
+            module.scan(tiny, tiny, -state, tiny, tiny, None, None, None, False)
+            if device == "cuda":
+                torch.cuda.synchronize()  # where a kernel's failure shows
     except Exception as error:  # whatever an installation can get wrong
         return f"{type(error).__name__}: {error}"
     return None

@@ -344,6 +344,17 @@ def write_tile(tensor, image, channel, channels, step, steps, tile):
 
 
 @njit
+def step_sizes(raw, bias, use_softplus, steps, tile):
+    """In a loop of its own, as are the gates below: the constants of its exponential and of the one in the loop
+    over the states together are more than there are registers."""
+    for t in range(steps):
+        delta_t = load(raw + t * ROW) + bias
+        if use_softplus:
+            delta_t = softplus(delta_t)
+        store(tile + t * ROW, delta_t)
+
+
+@njit
 def at(tensor, image, step):
     """Address of state 0 of B or C."""
     return tensor[0] + image * tensor[1] + step * tensor[3]
@@ -382,11 +393,9 @@ def forward(scratch, first, last, shape, use_softplus, use_z, A, D, bias, h, sav
             for i in range(n):
                 store(saved_tile + i * ROW, load(h_block + i * ROW))
             saved_tile += n * ROW
+            step_sizes(delta_tile, bias_block, use_softplus, steps, delta_tile)
             for t in range(steps):
-                delta_t = load(delta_tile + t * ROW) + bias_block
-                if use_softplus:
-                    delta_t = softplus(delta_t)
-                u_t = load(u_tile + t * ROW)
+                delta_t, u_t = load(delta_tile + t * ROW), load(u_tile + t * ROW)
                 x_t = delta_t * u_t
                 y_t = D_block * u_t
                 B_t, C_t = at(B, image, start + t), at(C, image, start + t)
@@ -395,10 +404,11 @@ def forward(scratch, first, last, shape, use_softplus, use_z, A, D, bias, h, sav
                     h_t = fma(decay, load(h_block + i * ROW), x_t * broadcast(B_t + i * B[2]))
                     y_t = fma(broadcast(C_t + i * C[2]), h_t, y_t)
                     store(h_block + i * ROW, h_t)
-                if use_z:
-                    z_t = load(z_tile + t * ROW)
-                    y_t = y_t * z_t * sigmoid(z_t)
                 store(y_tile + t * ROW, y_t)
+            if use_z:
+                for t in range(steps):
+                    z_t = load(z_tile + t * ROW)
+                    store(y_tile + t * ROW, load(y_tile + t * ROW) * z_t * sigmoid(z_t))
             write_tile(y, image, channel, channels, start, steps, y_tile)
 
 
@@ -411,7 +421,7 @@ def backward(
     """Tasks `first` to `last` - 1 of the adjoint: fills du, ddelta, dz; per image packed dA, dD, dbias; and per
     task dB, dC (length, n rounded up to sixteens), sums over the `group` blocks of channels of the task.
 
-    dh (like h) holds the gradient of the last state and is used up. Scratch: 8 TILE + (2 TILE + 3) width vectors,
+    dh (like h) holds the gradient of the last state and is used up. Scratch: 6 TILE + (2 TILE + 3) width vectors,
     where width is n rounded up to sixteens.
 
     With g_t = C_t dy_t + a_{t+1} g_{t+1}, the gradient of the state h_t = a_t h_{t-1} + delta_t u_t B_t:
@@ -420,11 +430,10 @@ def backward(
     """
     d, length, n, blocks = shape
     tiles, groups = (length + TILE - 1) // TILE, (blocks + group - 1) // group
-    u_tile, delta_tile, z_tile, dy_tile, dt_tile, du_tile, ddelta_tile, dz_tile = [
-        scratch + i * TILE * ROW for i in range(8)
-    ]
+    # Gradients take the place of what isn't needed any more: du of u, dz of z, ddelta of the step sizes.
+    u_tile, delta_tile, z_tile, dy_tile, dt_tile, y_tile = [scratch + i * TILE * ROW for i in range(6)]
     width = (n + LANES - 1) // LANES * LANES
-    states = scratch + 8 * TILE * ROW  # before each step; (TILE + 1, n, 16)
+    states = scratch + 6 * TILE * ROW  # before each step; (TILE + 1, n, 16)
     decays = states + (TILE + 1) * n * ROW  # (TILE, n, 16)
     B_terms, C_terms = decays + TILE * n * ROW, decays + (TILE * n + width) * ROW  # of one step; (width, 16)
     for i in range(2 * width):
@@ -465,12 +474,9 @@ def backward(
                 # The states of this tile once more, and the gate's gradient.
                 for i in range(n):
                     store(states + i * ROW, load(saved + ((packed * tiles + tile) * n + i) * ROW))
+                step_sizes(delta_tile, bias_block, use_softplus, steps, dt_tile)
                 for t in range(steps):
-                    delta_t = load(delta_tile + t * ROW) + bias_block
-                    if use_softplus:
-                        delta_t = softplus(delta_t)
-                    store(dt_tile + t * ROW, delta_t)
-                    u_t = load(u_tile + t * ROW)
+                    delta_t, u_t = load(dt_tile + t * ROW), load(u_tile + t * ROW)
                     x_t = delta_t * u_t
                     y_t = D_block * u_t
                     B_t, C_t = at(B, image, start + t), at(C, image, start + t)
@@ -480,18 +486,19 @@ def backward(
                         y_t = fma(broadcast(C_t + i * C[2]), h_t, y_t)
                         store(decays + (t * n + i) * ROW, decay)
                         store(states + ((t + 1) * n + i) * ROW, h_t)
-                    if use_z:
+                    store(y_tile + t * ROW, y_t)
+                if use_z:
+                    for t in range(steps):
                         dy_t, z_t = load(dy_tile + t * ROW), load(z_tile + t * ROW)
                         gate = sigmoid(z_t)
                         store(dy_tile + t * ROW, dy_t * z_t * gate)
-                        store(dz_tile + t * ROW, dy_t * y_t * gate * fma(z_t, one - gate, one))
+                        dgate = gate * fma(z_t, one - gate, one)
+                        store(z_tile + t * ROW, dy_t * load(y_tile + t * ROW) * dgate)
+                    write_tile(dz, image, channel, channels, start, steps, z_tile)
 
                 for t in range(steps - 1, -1, -1):
-                    delta_t, u_t, dy_t = (
-                        load(dt_tile + t * ROW),
-                        load(u_tile + t * ROW),
-                        load(dy_tile + t * ROW),
-                    )
+                    delta_t, u_t = load(dt_tile + t * ROW), load(u_tile + t * ROW)
+                    dy_t = load(dy_tile + t * ROW)
                     x_t = delta_t * u_t
                     dx_t, sum_Aq = constant(0.0), constant(0.0)
                     B_t, C_t = at(B, image, start + t), at(C, image, start + t)
@@ -511,17 +518,17 @@ def backward(
                         dB_t, dC_t = dB_tile + 4 * (t * width + i), dC_tile + 4 * (t * width + i)
                         store(dB_t, load(dB_t) + row_sums(B_terms + i * ROW))
                         store(dC_t, load(dC_t) + row_sums(C_terms + i * ROW))
-                    ddelta_t = fma(dx_t, u_t, sum_Aq * constant(LN2))
+                    store(dt_tile + t * ROW, fma(dx_t, u_t, sum_Aq * constant(LN2)))
+                    store(u_tile + t * ROW, fma(D_block, dy_t, delta_t * dx_t))
+                    store(dD + packed * ROW, fma(dy_t, u_t, load(dD + packed * ROW)))
+                for t in range(steps):
+                    ddelta_t = load(dt_tile + t * ROW)
                     if use_softplus:
                         ddelta_t = ddelta_t * sigmoid(load(delta_tile + t * ROW) + bias_block)
-                    store(ddelta_tile + t * ROW, ddelta_t)
-                    store(du_tile + t * ROW, fma(D_block, dy_t, delta_t * dx_t))
-                    store(dD + packed * ROW, fma(dy_t, u_t, load(dD + packed * ROW)))
+                    store(dt_tile + t * ROW, ddelta_t)
                     store(dbias + packed * ROW, load(dbias + packed * ROW) + ddelta_t)
-                write_tile(du, image, channel, channels, start, steps, du_tile)
-                write_tile(ddelta, image, channel, channels, start, steps, ddelta_tile)
-                if use_z:
-                    write_tile(dz, image, channel, channels, start, steps, dz_tile)
+                write_tile(du, image, channel, channels, start, steps, u_tile)
+                write_tile(ddelta, image, channel, channels, start, steps, dt_tile)
 
 
 @kernel((int64, int64, int64, Shape, int64, int64, int64, Strided, Strided))
@@ -559,10 +566,10 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
     """y like u, the last state, and what `scan_backward` wants to know; all float32."""
     batch, d, length = u.shape
     n = A.shape[1]
-    saved = u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32)
+    saved = _huge(u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32))
     blocks = saved.shape[1]
     h = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
-    y = _new_like(u)
+    y = _huge(torch.empty_like(u, dtype=torch.float32))
     _run(
         forward,
         tasks=batch * blocks,
@@ -586,15 +593,16 @@ def scan_backward(
     groups = -(-blocks // group)
     shape = d, length, n, blocks
     new = partial(u.new_empty, dtype=torch.float32)
-    du, ddelta, dz = (_new_like(t) for t in (u, delta, u[:0] if z is None else z))
+    like_inputs = (u, delta, u[:0] if z is None else z)
+    du, ddelta, dz = (_huge(torch.empty_like(t, dtype=torch.float32)) for t in like_inputs)
     dA, dD, dbias = new(batch, blocks, n, LANES), new(batch, blocks, 1, LANES), new(batch, blocks, 1, LANES)
-    dB_parts, dC_parts = (new(batch, groups, length, width) for _ in range(2))
+    dB_parts, dC_parts = (_huge(new(batch, groups, length, width)) for _ in range(2))
     dB, dC = (torch.empty_like(t, dtype=torch.float32) for t in (B, C))
     dh = _packed_states(A.new_zeros(batch, d, n) if dlast is None else dlast)
     _run(
         backward,
         tasks=batch * groups,
-        scratch=8 * TILE + (2 * TILE + 3) * width,
+        scratch=6 * TILE + (2 * TILE + 3) * width,
         settings=(shape, group, delta_softplus, z is not None),
         packed=(
             *(_packed_states(A[None] * LOG2E), _packed(D, d), _packed(delta_bias, d), saved),
@@ -663,13 +671,24 @@ def _in_parallel(work: Callable[[], None], threads: int) -> None:
     Those go on spinning for milliseconds after torch needed them; other threads would have to share the
     processors with them.
     """
-    if (openmp := _openmp()) is not None:
-        openmp.GOMP_parallel(_Callback(lambda _: work()), None, threads, 0)
+    if (openmp := _openmp()) is None:
+        helpers = [_pool(threads).submit(work) for _ in range(threads - 1)]
+        work()
+        for helper in helpers:
+            helper.result()
         return
-    helpers = [_pool(threads).submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
+
+    errors = []
+
+    def guarded(_) -> None:
+        try:
+            work()
+        except BaseException as error:  # C code has called, which could do nothing with it
+            errors.append(error)
+
+    openmp.GOMP_parallel(_Callback(guarded), None, threads, 0)
+    if errors:
+        raise errors[0]
 
 
 @cache
@@ -690,13 +709,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="scan")
 
 
-# A forked process has no threads but the one that forked.
-os.register_at_fork(after_in_child=_pool.cache_clear)
+if hasattr(os, "register_at_fork"):  # a forked process has no threads but the one that forked
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _new_like(t: Tensor) -> Tensor:
-    """torch.empty_like in float32; large ones in huge pages, as faulting in small ones takes longer than a scan."""
-    new = torch.empty_like(t, dtype=torch.float32)
+def _huge(new: Tensor) -> Tensor:
+    """A new tensor, if large in huge pages: the first touch of many small ones takes as long as a scan."""
     if sys.platform == "linux" and new.nbytes >= HUGE_PAGE:
         start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = new.data_ptr() + new.nbytes - start

@@ -105,7 +105,7 @@ def chunk_states(
 @triton.jit
 def carry(
     states, spans, A, d, chunks,
-    N: tl.constexpr, REVERSE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr,
+    N: tl.constexpr, REVERSE: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
     """Second pass, in place. states (batch, chunks + 1, d, N). Forward, entry c + 1 gains what chunk c makes of
     entry c; in reverse, entry c gains what it makes of entry c + 1."""
@@ -117,7 +117,7 @@ def carry(
     first = chunks if REVERSE else 0
     h = tl.load(states + first * d * N + pair, mask=pair < d * N, other=0.0)
     row = tl.arange(0, CHUNKS)
-    for start in range(0, chunks, CHUNKS):
+    for start in range(0, ROUNDS * CHUNKS, CHUNKS):
         chunk = chunks - 1 - start - row if REVERSE else start + row
         inside = ((chunk >= 0) & (chunk < chunks))[:, None] & (pair < d * N)[None, :]
         entry = chunk if REVERSE else chunk + 1
@@ -339,9 +339,10 @@ def scan_backward(
 def _carry(states: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
     batch, entries, d, n = states.shape
     chunks = entries - 1
+    at_once = min(CHUNKS_AT_ONCE, triton.next_power_of_2(chunks))
     carry[triton.cdiv(d * n, PAIRS), batch](
         states, spans, A, d, chunks,
-        N=n, REVERSE=reverse, PAIRS=PAIRS, CHUNKS=min(CHUNKS_AT_ONCE, triton.next_power_of_2(chunks)), num_warps=4,
+        N=n, REVERSE=reverse, PAIRS=PAIRS, CHUNKS=at_once, ROUNDS=triton.cdiv(chunks, at_once), num_warps=4,
     )  # fmt: skip
 
 

@@ -91,8 +91,9 @@ def _scan(
     if u.numel() == 0:
         empty = _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
         return tuple(t.zero_() for t in empty)
-    y, *rest = backend_module(backend).scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return _like(y, u), *rest
+    module = backend_module(backend)
+    y, last_state, saved, ungated = module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return _like(y, u), last_state, saved, _like(ungated, u) if ungated.numel() else ungated
 
 
 @_scan.register_fake
