@@ -40,6 +40,7 @@ def train(options) -> int:
     from engine import Engine, Interrupted, Loaders, NonFiniteLoss
     from models import build_model
     from models.arch import list_models
+    from models.scan import available_backends, set_backend
     from util import checkpoint
     from util.allocator import keep_freed_memory
     from util.distributed import join, wants_bf16
@@ -48,6 +49,11 @@ def train(options) -> int:
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
     world = join(options.gpu_ids)
+    if options.scan_backend not in (None, "auto"):
+        reason = available_backends(world.device.type)[options.scan_backend]
+        if reason:
+            raise UserError(f"--scan_backend {options.scan_backend}: {reason}")
+    set_backend(options.scan_backend)
     say = print if world.is_main else lambda *_, **__: None
     folder = Path(world.share(str(_run_folder(options))))
     if folder.name != options.name:

@@ -14,9 +14,9 @@ DEMO_DATA = Path("dataset/demo")
 # minutes on two CPU cores, that works without a download.
 DEMO_RECIPE = {
     "nEpochs": 4,
-    "epoch_size": 240,
+    "epoch_size": 80,
     "batchSize": 2,
-    "crop_size": 96,
+    "crop_size": 64,
     "lr": 1e-3,
     "scheduler": "cosine",
     "vgg_weights": "random",

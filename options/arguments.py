@@ -90,6 +90,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
                        help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
                             "auto: bf16 where the hardware multiplies it natively")  # fmt: skip
+    group.add_argument("--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
+                       help="what computes the Mamba models' selective scan (default: the environment variable "
+                            "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
     group.add_argument("--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
                        help="worker processes that make samples, 0 for none")  # fmt: skip
 

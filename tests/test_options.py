@@ -35,6 +35,13 @@ def test_every_option_has_help():
     assert [a.dest for a in train_parser()._actions if not a.help] == []
 
 
+def test_scan_backends_are_those_there_are():
+    from models.scan import BACKENDS
+
+    action = next(action for action in train_parser()._actions if action.dest == "scan_backend")
+    assert set(action.choices) == set(BACKENDS)
+
+
 def test_published_command_runs_unchanged(tmp_path):
     (tmp_path / "dataset/reflection-removal").mkdir(parents=True)
     line = (

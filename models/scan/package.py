@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-CHUNK = 2048  # steps between two states that the kernel keeps; only asserted, never relied upon
+CHUNK = 2048  # steps between two states that the kernel keeps
 
 
 def runs_on(device: str) -> bool:
