@@ -1,5 +1,6 @@
 """Train a reflection removal network, evaluating it after every epoch: parse, build, fit."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ def train(options) -> int:
         if reason:
             raise UserError(f"--scan_backend {options.scan_backend}: {reason}")
     set_backend(options.scan_backend)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("scan").setLevel(logging.INFO if world.is_main else logging.WARNING)
     say = print if world.is_main else lambda *_, **__: None
     folder = Path(world.share(str(_run_folder(options))))
     if folder.name != options.name:

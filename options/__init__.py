@@ -22,6 +22,7 @@ DEMO_RECIPE = {
     "vgg_weights": "random",
     "precision": "auto",
     "grad_clip": 1.0,
+    "ema": 0.95,
     "val_split": 0.2,
 }
 
