@@ -36,12 +36,9 @@ def train(options) -> int:
     """
     import torch
 
-    import data
-    from data.demo import build_demo
-    from engine import Engine, Interrupted, Loaders, NonFiniteLoss
+    from engine import Engine, Interrupted, NonFiniteLoss
     from models import build_model
     from models.arch import list_models
-    from models.scan import available_backends, set_backend
     from util import checkpoint
     from util.allocator import keep_freed_memory
     from util.distributed import join, wants_bf16
@@ -50,40 +47,15 @@ def train(options) -> int:
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
     world = join(options.gpu_ids)
-    if options.scan_backend not in (None, "auto"):
-        reason = available_backends(world.device.type)[options.scan_backend]
-        if reason:
-            raise UserError(f"--scan_backend {options.scan_backend}: {reason}")
-    set_backend(options.scan_backend)
-    logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("scan").setLevel(logging.INFO if world.is_main else logging.WARNING)
-    say = print if world.is_main else lambda *_, **__: None
+    say = print if world.is_main else lambda *_: None
+    _choose_scan(options.scan_backend, world)
     folder = Path(world.share(str(_run_folder(options))))
     if folder.name != options.name:
         say(f"There is a run '{options.name}' already; this one is '{folder.name}' (--resume continues that one).")
         options.name = folder.name
+    loaders = _load_data(options, world, say)
+    _warn(options, say)
 
-    if options.demo:
-        say("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
-        say(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
-        if world.is_main:
-            build_demo(options.base_dir)
-        world.barrier()
-    if options.vgg_weights == "random":
-        say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
-        say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
-    if options.best_by == "test":
-        say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
-
-    sets = data.discover(options)
-    for line in sets.describe():
-        say(line)
-    training = options.nEpochs > 0
-    loaders = Loaders(
-        data.build_train_loader(options, sets, world.rank, world.size) if training else None,
-        data.build_val_loader(options, sets, world.rank, world.size),
-        data.build_test_loaders(options, sets, world.rank, world.size),
-    )
     keep_freed_memory()
     _make_repeatable(torch, options.seed)
     bf16 = wants_bf16(options.precision, world.device)
@@ -92,8 +64,7 @@ def train(options) -> int:
     processes = f", {world.size} processes" if world.size > 1 else ""
     say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
     if options.resume and (folder / "last.pt").exists():
-        state = checkpoint.load(folder / "last.pt")
-        engine.load_state(state, folder / "last.pt")
+        engine.load_state(checkpoint.load(folder / "last.pt"), folder / "last.pt")
         say(f"resuming {folder} after {engine.epoch} epochs and {engine.step} steps")
 
     try:
@@ -106,10 +77,52 @@ def train(options) -> int:
         return 1
     finally:
         world.close()
-    if world.is_main:
-        print("\n" + table(read_metrics(folder)) + "\n")
-        _say_where_to_look(folder)
+    say("\n" + table(read_metrics(folder)) + "\n")
+    _say_where_to_look(folder, say)
     return 0
+
+
+def _choose_scan(backend: str | None, world) -> None:
+    """Have the Mamba models' scan computed as asked for; the choice is logged when a scan first comes."""
+    from models.scan import available_backends, set_backend
+
+    if backend not in (None, "auto"):
+        reason = available_backends(world.device.type)[backend]
+        if reason:
+            raise UserError(f"--scan_backend {backend}: {reason}")
+    set_backend(backend)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    logging.getLogger("scan").setLevel(logging.INFO if world.is_main else logging.WARNING)
+
+
+def _load_data(options, world, say):
+    """The data that the options name, or the demo set, checked and told; as the engine takes it."""
+    import data
+    from data.demo import build_demo
+    from engine import Loaders
+
+    if options.demo:
+        say("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
+        say(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
+        if world.is_main:
+            build_demo(options.base_dir)
+        world.barrier()
+    sets = data.discover(options)
+    for line in sets.describe():
+        say(line)
+    return Loaders(
+        data.build_train_loader(options, sets, world.rank, world.size) if options.nEpochs else None,
+        data.build_val_loader(options, sets, world.rank, world.size),
+        data.build_test_loaders(options, sets, world.rank, world.size),
+    )
+
+
+def _warn(options, say) -> None:
+    if options.vgg_weights == "random":
+        say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
+        say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
+    if options.best_by == "test":
+        say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
 
 
 def _run_folder(options) -> Path:
@@ -141,13 +154,13 @@ def _make_repeatable(torch, seed: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
 
 
-def _say_where_to_look(folder: Path) -> None:
+def _say_where_to_look(folder: Path, say) -> None:
     tensorboard = Path(sys.executable).with_name("tensorboard")
     tensorboard = os.path.relpath(tensorboard) if tensorboard.exists() else "tensorboard"
-    print(f"pictures (mixture, T, its target, R, its target, residue): {folder}/panels/")
-    print(f"every figure:          {folder}/metrics.jsonl, {folder}/per_image/")
-    print(f"weights:               {folder}/last.pt, {folder}/best.pt")
-    print(f"curves and pictures:   {tensorboard} --logdir {folder.parent}")
+    say(f"pictures (mixture, T, its target, R, its target, residue): {folder}/panels/")
+    say(f"every figure:          {folder}/metrics.jsonl, {folder}/per_image/")
+    say(f"weights:               {folder}/last.pt, {folder}/best.pt")
+    say(f"curves and pictures:   {tensorboard} --logdir {folder.parent}")
 
 
 if __name__ == "__main__":

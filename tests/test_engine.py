@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,17 @@ def test_evaluation_only(finished, tiny_data, tmp_path):
     )
     assert ours["demo_clip"] == pytest.approx(theirs["demo_clip"], abs=1e-6), "the moving average is what is loaded"
     assert not list(folder.glob("*.pt"))
+
+
+def test_evaluating_again_replaces_the_record(finished, tiny_data, tmp_path):
+    shutil.copytree(finished, tmp_path / "four")
+    assert run(tiny_data, tmp_path, *FULL, "--nEpochs", "0", "--resume", "--name", "four")[0] == 0
+    before, after = (
+        {(line["epoch"], line["set"], line["estimate"]): line["PSNR"] for line in read_metrics(folder)}
+        for folder in (finished, tmp_path / "four")
+    )
+    assert len(read_metrics(tmp_path / "four")) == len(after)
+    assert after == before
 
 
 def test_a_second_run_of_a_name_gets_a_folder_of_its_own(finished, tiny_data, capsys):

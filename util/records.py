@@ -78,8 +78,10 @@ class Record:
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
 
     def start_evaluation(self, epoch: int) -> None:
-        """Forget what an evaluation of this epoch that was cut off has left."""
+        """Forget an earlier evaluation of this epoch, whole or cut off."""
         if self.active:
+            self.lines = [line for line in self.lines if line["estimate"] == "input" or line["epoch"] != epoch]
+            self._rewrite()
             (self.folder / "per_image" / f"epoch_{epoch:03}.csv").unlink(missing_ok=True)
 
     def averages(self, epoch: int, step: int) -> None:

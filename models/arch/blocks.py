@@ -15,6 +15,8 @@ Every block is two residual steps, x + a * project1(...) and x + b * project2(..
 where attend(v) = v * attention(mean of v over the image), and the gate is part of the projection's operation.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class StreamScale(nn.ParameterList):
         return torch.cat(list(self)).flatten(1)
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """The two residual steps; a subclass says what goes into them.
 
     Args:
@@ -61,13 +63,13 @@ class Block(nn.Module):
         self.project1 = nn.Conv2d(channels, channels, 1)
         self.project2 = nn.Conv2d(channels, channels, 1)
 
+    @abstractmethod
     def first(self, x: Tensor) -> Tensor:
         """What the first step gates, attends to and projects."""
-        raise NotImplementedError
 
+    @abstractmethod
     def second(self, x: Tensor) -> Tensor:
         """What the second step gates and projects."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         x = gate_project_add(self.first(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
