@@ -13,8 +13,9 @@ from data.synthesis import Blend, synthesize
 from util.errors import UserError
 from util.images import read_rgb, write_image
 
-# No photograph serves both. Those in colour only: the others teach a network that the world is grey.
-TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
+# No photograph serves both. The grey ones add bright texture: without them the few that train are dark, and what is
+# learnt from them is darkness.
+TRAIN_PHOTOGRAPHS = ("astronaut.png", "brick.png", "motorcycle_left.png", "camera.png", "rocket.jpg", "gravel.png")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png")
 
 _SEED = 2018
