@@ -276,8 +276,8 @@ class Engine:
         self._save()
 
     def _evaluate_all(self, epoch: int) -> None:
-        self.record.start_evaluation(epoch)
         sets = ({"val": self.loaders.val} if self.loaders.val else {}) | self.loaders.tests
+        self.record.start_evaluation(epoch, sets)
         for name, loader in sets.items():
             began = time.perf_counter()
             rows, panels = self.evaluate(loader, name)

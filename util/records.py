@@ -9,6 +9,7 @@ import csv
 import json
 import platform
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ class Record:
         if not self.has_input(name):
             self._line(0, 0, name, "input", len(rows), _mean([row["input"] for row in rows]), 0.0)
         self._line(epoch, step, name, "model", len(rows), _mean([row["model"] for row in rows]), seconds)
-        path = self.folder / "per_image" / f"epoch_{epoch:03}.csv"
+        path = self._table(epoch)
         new = not path.exists()
         with path.open("a", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -77,12 +78,23 @@ class Record:
                 values = [*(row["model"][m] for m in METRICS), *(row["input"][m] for m in METRICS)]
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
 
-    def start_evaluation(self, epoch: int) -> None:
-        """Forget an earlier evaluation of this epoch, whole or cut off."""
-        if self.active:
-            self.lines = [line for line in self.lines if line["estimate"] == "input" or line["epoch"] != epoch]
-            self._rewrite()
-            (self.folder / "per_image" / f"epoch_{epoch:03}.csv").unlink(missing_ok=True)
+    def start_evaluation(self, epoch: int, names: Collection[str]) -> None:
+        """Forget what an earlier evaluation of these sets in this epoch, whole or cut off, has left."""
+        if not self.active:
+            return
+
+        def stays(line: dict) -> bool:
+            other = line["set"] not in names and not line["set"].startswith("average")
+            return other or line["epoch"] != epoch or line["estimate"] == "input"
+
+        self.lines = [line for line in self.lines if stays(line)]
+        self._rewrite()
+        path = self._table(epoch)
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.reader(file) if row and row[0] not in names]
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
 
     def averages(self, epoch: int, step: int) -> None:
         """Count-weighted averages over all test sets, and over the published ones where all are there."""
@@ -141,6 +153,9 @@ class Record:
             file.write(json.dumps(line) + "\n")
         if estimate == "model":
             self.scalars(step, {f"{name}/{metric}": values[metric] for metric in METRICS})
+
+    def _table(self, epoch: int) -> Path:
+        return self.folder / "per_image" / f"epoch_{epoch:03}.csv"
 
     def _rewrite(self) -> None:
         temporary = self.metrics_path.with_suffix(".tmp")
