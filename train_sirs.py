@@ -159,7 +159,9 @@ def _say_where_to_look(folder: Path, say) -> None:
     tensorboard = os.path.relpath(tensorboard) if tensorboard.exists() else "tensorboard"
     say(f"pictures (mixture, T, its target, R, its target, residue): {folder}/panels/")
     say(f"every figure:          {folder}/metrics.jsonl, {folder}/per_image/")
-    say(f"weights:               {folder}/last.pt, {folder}/best.pt")
+    weights = [str(path) for path in (folder / "last.pt", folder / "best.pt") if path.exists()]
+    if weights:
+        say(f"weights:               {', '.join(weights)}")
     say(f"curves and pictures:   {tensorboard} --logdir {folder.parent}")
 
 
