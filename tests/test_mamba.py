@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import parameter_groups
 from models.arch.mamba import ImageMamba, Mamba
 from models.scan import set_backend
 from models.scan.backends import why_not
@@ -78,8 +79,9 @@ def test_initial_values():
     assert 0.9 * bound < layer.dt_proj.weight.abs().max() <= bound
     torch.testing.assert_close(layer.A_log[5], torch.arange(1.0, 17).log())
     assert torch.equal(layer.D, torch.ones(128))
-    marked = [name for name, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)]
-    assert marked == ["A_log", "D"]
+    spared = {id(p) for p in parameter_groups(layer, 0.01)[1]["params"]}
+    names = {name for name, p in layer.named_parameters() if id(p) in spared}
+    assert names == {"A_log", "D", "conv1d.bias", "dt_proj.bias"}, "never decayed"
     assert layer.in_proj.weight.abs().max() <= 1 / math.sqrt(64)  # PyTorch's default
 
 

@@ -32,8 +32,6 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self.A_log._no_weight_decay = True
-        self.D._no_weight_decay = True
         self._init_step_sizes()
 
     def _init_step_sizes(self, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
