@@ -19,11 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from models.arch.blocks import Block
 from util import checkpoint
 from util.distributed import World
 from util.errors import UserError
+from util.guard import Guard, Verdict
 from util.interrupt import Interrupt
 from util.metrics import quality_assess
+from util.norms import Norms
 from util.progress import Progress, track
 from util.records import Record
 
@@ -48,8 +51,8 @@ class Interrupted(Exception):
         super().__init__(f"stopped by {self.signal}")
 
 
-class NonFiniteLoss(Exception):
-    """A loss was NaN or infinite; its message names the batch and where it is saved."""
+class Diverged(Exception):
+    """A loss was NaN or infinite, or the guard could not hold the training; the message says what to do."""
 
 
 def learning_rate(step: int, options: argparse.Namespace, total: int) -> float:
@@ -109,6 +112,11 @@ class Engine:
         self.step = 0  # steps of the optimiser done in the epoch that is running
         self.global_step = 0
         self.best: float | None = None
+        self.guard = Guard() if options.guard else None
+        self.norms = None
+        if options.log_norms:
+            blocks = {name: part for name, part in self.network.named_modules() if isinstance(part, Block)}
+            self.norms = Norms(blocks)
         self.record: Record | None = None
         self.step_model = self.model
         if world.size > 1:
@@ -130,6 +138,7 @@ class Engine:
             "ema": self.ema.module.state_dict() if self.ema else None,
             "ema_updates": int(self.ema.n_averaged) if self.ema else 0,
             "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state() if self.guard else None,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -146,23 +155,31 @@ class Engine:
             raise UserError(f"{where}: a checkpoint of {state.get('inet')}, but --inet is {self.options.inet}")
         if bool(state["ema"]) != bool(self.ema):
             raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
+        self._load_weights(state)
+        if self.guard and state.get("guard"):
+            self.guard = Guard(**state["guard"])
         self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
         self.best = state["best"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
+    def _load_weights(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(state["ema"])
+            self.ema.n_averaged.fill_(state["ema_updates"])
+
     def _save(self, name: str = "last", everything: bool = True) -> None:
-        if self.world.is_main:
-            state = self.state()
-            if not everything:
-                state = {key: value for key, value in state.items() if key not in {"optimizer"}}
-            checkpoint.save(state, self.folder / f"{name}.pt")
+        if not self.world.is_main:
+            return
+        state = self.state()
+        if not everything:
+            state = {key: value for key, value in state.items() if key not in {"optimizer"}}
+        checkpoint.save(state, self.folder / f"{name}.pt")
+        if name == "last" and self.guard and self.guard.is_calm(self.global_step):
+            checkpoint.link(self.folder / "last.pt", self.folder / "good.pt")
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -171,7 +188,7 @@ class Engine:
 
         Raises:
             Interrupted: after a signal, with the state saved.
-            NonFiniteLoss: with the state and the batch saved.
+            Diverged: with the state and the batch saved.
         """
         unfinished = self.step == self.steps_per_epoch and self.step > 0
         self.record = Record(
@@ -180,6 +197,8 @@ class Engine:
         with Interrupt() as self.interrupt, contextlib.closing(self.record):
             if self.options.nEpochs == 0:
                 self._evaluate_all(self.epoch)
+            elif self.guard and not (self.folder / "good.pt").exists():
+                self._save()
             while self.epoch < self.options.nEpochs:
                 self.train_one_epoch()
                 self._finish_epoch()
@@ -197,12 +216,20 @@ class Engine:
             began = time.perf_counter()
             group = [next(batches) for _ in range(options.accumulate)]
             window.waited += time.perf_counter() - began
-            terms, norm = self._train_step(group)
+            due = (self.global_step + 1) % options.log_every == 0 or self.step + 1 == self.steps_per_epoch
+            if self.norms:
+                self.norms.watching = due
+            terms, norm = self._gradient(group)
+            verdict = self._apply(norm)
             self.step += 1
             self.global_step += 1
-            window.add(terms, norm, sum(len(batch["name"]) for batch in group) * self.world.size)
-            if self.global_step % options.log_every == 0 or self.step == self.steps_per_epoch:
-                self.record.scalars(self.global_step, window.values(self.world) | {"train/lr": self._rate()})
+            if verdict is Verdict.STEP:
+                window.add(terms, norm, sum(len(batch["name"]) for batch in group) * self.world.size)
+            else:
+                progress.say(self._after_skip(verdict, norm.item()))
+            if due:
+                norms = self.norms.values() if self.norms else {}
+                self.record.scalars(self.global_step, window.values(self.world) | norms | {"train/lr": self._rate()})
                 window = _Window(self.device)
             progress.step(f"loss {float(sum(terms.values())):.4f}, lr {self._rate():.2e}")
             self._stop_if_asked()
@@ -211,10 +238,8 @@ class Engine:
         progress.close()
         self._save()
 
-    def _train_step(self, group: list[dict]) -> tuple[dict[str, Tensor], Tensor]:
-        """One step of the optimiser: the mean of the loss's terms over the group's batches, the gradient's norm."""
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = self._rate()
+    def _gradient(self, group: list[dict]) -> tuple[dict[str, Tensor], Tensor]:
+        """The mean of the loss's terms over the group's batches; its gradient, clipped; the norm it had before."""
         self.optimizer.zero_grad(set_to_none=True)
         means: dict[str, Tensor] = defaultdict(float)
         for number, batch in enumerate(group, start=1):
@@ -223,20 +248,59 @@ class Engine:
             with contextlib.nullcontext() if last else self.step_model.no_sync():
                 terms = self.step_model(*(self._move(batch[key]) for key in ("input", "target_t", "target_r")))
                 loss = sum(terms.values()) / len(group)
+                for key, value in terms.items():
+                    means[key] = means[key] + value.detach() / len(group)
                 if self.world.any(not math.isfinite(loss.item())):
+                    if self.guard:
+                        return means, torch.tensor(math.nan)
                     self._give_up(batch, terms)
                 loss.backward()
-            for key, value in terms.items():
-                means[key] = means[key] + value.detach() / len(group)
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.options.grad_clip or math.inf)
-        self.optimizer.step()
-        if self.ema:
-            self.ema.update_parameters(self.network)
-        return means, norm
+        most = self.options.grad_clip or math.inf
+        if self.guard:
+            most = min(most, self.guard.limit(self.guard.CLIP))
+        return means, nn.utils.clip_grad_norm_([p for p in self.network.parameters() if p.grad is not None], most)
+
+    def _apply(self, norm: Tensor) -> Verdict:
+        """The optimiser's step, unless the guard finds the gradient's norm far from what it usually is."""
+        verdict = self.guard.judge(self.global_step, norm.item()) if self.guard else Verdict.STEP
+        if verdict is Verdict.STEP:
+            for settings in self.optimizer.param_groups:
+                settings["lr"] = self._rate()
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update_parameters(self.network)
+        return verdict
+
+    def _after_skip(self, verdict: Verdict, norm: float) -> str:
+        """What the guard wants done after a skipped step; told in words.
+
+        Raises:
+            Diverged: it has returned often enough.
+        """
+        guard, step = self.guard, self.global_step
+        told = f"step {step}: skipped, its gradient's norm is {norm:.3g}"
+        if math.isfinite(limit := guard.limit(guard.SKIP)):
+            told += f" (limit {limit:.3g}, usually about {math.exp(guard.mean):.3g})"
+        if verdict is Verdict.RETURN:
+            if guard.returns == guard.MOST_RETURNS:
+                raise Diverged(
+                    f"{told}; the guard has returned to the last good checkpoint {guard.returns} times, which "
+                    f"hasn't helped; {self.folder / 'good.pt'} holds it; try a lower --lr"
+                )
+            self.world.barrier()  # the main process may still be writing it
+            good = checkpoint.load(self.folder / "good.pt")
+            self._load_weights(good)
+            guard.returned()
+            told += (
+                f"; {guard.PATIENCE} of the last {guard.WINDOW} steps were: back to the weights of step "
+                f"{good['global_step']}, on with {guard.rate:g} times the learning rate"
+            )
+        self.record.scalars(step, {"guard/skipped_norm": norm, "guard/rate": guard.rate})
+        return told
 
     def _rate(self) -> float:
-        return learning_rate(self.global_step, self.options, self.options.nEpochs * self.steps_per_epoch)
+        rate = learning_rate(self.global_step, self.options, self.options.nEpochs * self.steps_per_epoch)
+        return rate * self.guard.rate if self.guard else rate
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -254,7 +318,7 @@ class Engine:
         tensors = {key: batch[key] for key in ("input", "target_t", "target_r")}
         checkpoint.save(self.state() | {"batch": tensors, "names": list(batch["name"]), "terms": values}, path)
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        raise NonFiniteLoss(
+        raise Diverged(
             f"the loss of step {self.global_step} is not finite ({told}); the batch: {', '.join(batch['name'])}; "
             f"weights, optimiser and batch of that step are in {path}"
         )
@@ -332,7 +396,9 @@ class _Window:
         self.sums["train/gradient_norm"] = self.sums["train/gradient_norm"] + norm
 
     def values(self, world: World) -> dict[str, float]:
-        means = world.mean(torch.stack([value.detach() for value in self.sums.values()]) / self.steps).tolist()
+        means = []
+        if self.steps:
+            means = world.mean(torch.stack([value.detach() for value in self.sums.values()]) / self.steps).tolist()
         seconds = time.perf_counter() - self.began
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)

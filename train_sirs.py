@@ -29,14 +29,14 @@ def train(options) -> int:
     """Build everything that the options describe, and fit.
 
     Returns:
-        0; 1 after a loss that wasn't finite; 128 + the signal's number after a signal.
+        0; 1 after a training that diverged; 128 + the signal's number after a signal.
 
     Raises:
         UserError: for what a user can put right.
     """
     import torch
 
-    from engine import Engine, Interrupted, NonFiniteLoss
+    from engine import Diverged, Engine, Interrupted
     from models import build_model
     from models.arch import list_models
     from util import checkpoint
@@ -72,7 +72,7 @@ def train(options) -> int:
     except Interrupted as stop:
         say(f"stopped by {stop.signal}; saved after step {engine.global_step}; --resume continues {folder}")
         return 128 + stop.number
-    except NonFiniteLoss as error:
+    except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:

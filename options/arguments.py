@@ -154,6 +154,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr_min", type=natural_float, default=1e-5, metavar="LR", help="floor of both cosines")
     group.add_argument("--grad_clip", type=natural_float, default=0.0, metavar="NORM",
                        help="clip the gradient to this norm; 0 does not")  # fmt: skip
+    group.add_argument("--guard", action="store_true",
+                       help="for models that blow up, such as mdsrnet_v1_l: clip gradients that are unusually large, "
+                            "skip steps whose gradient is far out, and after several of those go back to the last "
+                            "good checkpoint and on with half the rate")  # fmt: skip
     group.add_argument("--ema", type=fraction, default=0.0, metavar="DECAY",
                        help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
                             "0 does not")  # fmt: skip
@@ -172,5 +176,8 @@ def add_records(parser: argparse.ArgumentParser) -> None:
                        help="write the last checkpoint so often within an epoch, too; 0: only after it")  # fmt: skip
     group.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS",
                        help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
+    group.add_argument("--log_norms", action="store_true",
+                       help="every block's activations and gradients among the curves, to find where a training "
+                            "goes astray")  # fmt: skip
     group.add_argument("--panels", type=natural_int, default=4, metavar="N",
                        help="images of each test set shown in TensorBoard every epoch")  # fmt: skip

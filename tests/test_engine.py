@@ -17,7 +17,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import NonFiniteLoss, learning_rate, parameter_groups
+from engine import Diverged, learning_rate, parameter_groups
 from models.arch import create_model
 from options import parse_train, train_parser
 from train_sirs import train
@@ -186,7 +186,7 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch,
     saved = checkpoint.load(next(folder.glob("nonfinite_*.pt")))
     assert len(saved["names"]) == 2 and all(name in told for name in saved["names"])
     assert saved["batch"]["input"].shape == (2, 3, 32, 32) and math.isnan(saved["terms"]["exclusion"])
-    assert "network" in saved and NonFiniteLoss.__name__ not in told
+    assert "network" in saved and Diverged.__name__ not in told
 
 
 def test_every_option_is_read(tiny_data, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Checkpoints on disk: written so that a kill at any moment leaves the one before whole."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,8 +16,23 @@ def save(state: dict, path: Path) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _rename(temporary, path)
+
+
+def link(path: Path, other: Path) -> None:
+    """`other` becomes a second name of what `path` names now, or a copy where the file system has no such names."""
+    temporary = other.with_name(other.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    _rename(temporary, other)
+
+
+def _rename(path: Path, name: Path) -> None:
+    path.replace(name)
+    folder = os.open(name.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself
     finally:

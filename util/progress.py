@@ -40,6 +40,12 @@ class Progress:
             left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
             print(f"{self.title}: {self.done}/{self.total}, {_minutes(left)} left  {told}", flush=True)
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if not self.quiet:
+            tqdm.write(text)
+            sys.stdout.flush()
+
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:

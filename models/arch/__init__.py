@@ -41,6 +41,11 @@ def mdsrnet_l() -> DSRNet:
     return DSRNet(**_LARGE, block=MuGIM2)
 
 
+def mdsrnet_v1_s() -> DSRNet:
+    """MDSRNet v1 in the small layout, to study why it trains badly."""
+    return DSRNet(**_SMALL, block=MuGIM)
+
+
 def mdsrnet_v1_l() -> DSRNet:
     """MDSRNet v1: Mamba in the place of norm and expansion, 262.5 M parameters. Trains badly."""
     return DSRNet(**_LARGE, block=MuGIM)

@@ -1,0 +1,188 @@
+"""The guard: its judgement by itself, and a training that blows up with and without it."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from models.arch.blocks import MuGI, MuGIM
+from models.arch.fused import gate_project_add
+from tests.test_engine import run, same
+from util import checkpoint
+from util.guard import Guard, Verdict
+from util.records import read_metrics
+
+
+def usual(guard: Guard, steps: int, spread: float = 0.5) -> None:
+    """So many gradients with norms around 2."""
+    for step, value in enumerate(np.random.default_rng(0).normal(math.log(2), spread, steps)):
+        assert guard.judge(step, math.exp(value)) is Verdict.STEP
+
+
+def test_it_learns_the_distribution():
+    guard = Guard()
+    usual(guard, 1000)
+    assert math.exp(guard.mean) == pytest.approx(2, rel=0.2)
+    assert math.sqrt(guard.square) == pytest.approx(0.5, rel=0.3)
+    assert guard.limit(6) == pytest.approx(math.exp(guard.mean + 6 * math.sqrt(guard.square)))
+
+
+def test_far_out_and_not_finite_norms_are_skipped_and_not_learnt_from():
+    guard = Guard()
+    usual(guard, 200)
+    before = guard.mean, guard.square
+    for norm in (1e3, math.inf, math.nan):
+        assert guard.judge(200, norm) is Verdict.SKIP
+    assert (guard.mean, guard.square) == before
+    assert not guard.is_calm(220) and guard.is_calm(260)
+
+
+def test_several_skips_in_a_short_time_ask_for_the_return():
+    guard = Guard()
+    usual(guard, 200)
+    far_apart = [guard.judge(1000 + guard.WINDOW * i, 1e3) for i in range(20)]
+    assert set(far_apart) == {Verdict.SKIP}
+    guard.skipped.clear()
+    close = [guard.judge(5000 + i, 1e3) for i in range(guard.PATIENCE)]
+    assert close == [Verdict.SKIP] * (guard.PATIENCE - 1) + [Verdict.RETURN]
+    guard.returned()
+    assert guard.rate == 0.5 and guard.judge(5010, 1e3) is Verdict.SKIP
+
+
+def test_nothing_finite_is_judged_before_the_warm_up():
+    guard = Guard()
+    assert guard.judge(0, 1e-3) is Verdict.STEP and guard.judge(1, 1e6) is Verdict.STEP
+    assert guard.limit(2) == math.inf and guard.judge(2, math.nan) is Verdict.SKIP
+
+
+def test_a_steady_norm_does_not_make_it_nervous():
+    guard = Guard()
+    usual(guard, 500, spread=1e-3)
+    assert guard.judge(500, 2 * 1.5) is Verdict.STEP
+
+
+def test_its_state_is_all_it_knows():
+    guard = Guard()
+    usual(guard, 100)
+    guard.judge(100, 1e4)
+    twin = Guard(**guard.state())
+    norms = np.exp(np.random.default_rng(1).normal(1, 2, 300))
+    assert [guard.judge(101 + i, n) for i, n in enumerate(norms)] == [
+        twin.judge(101 + i, n) for i, n in enumerate(norms)
+    ]
+    assert guard == twin
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, with a gradient so many times as large."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+@pytest.fixture
+def quick_guard(monkeypatch):
+    monkeypatch.setattr(Guard, "WARM_UP", 2)
+    monkeypatch.setattr(Guard, "WINDOW", 4)
+    monkeypatch.setattr(Guard, "PATIENCE", 2)
+    monkeypatch.setattr(Guard, "MOST_RETURNS", 1)
+
+
+def poison(monkeypatch, factors: dict[int, float]) -> None:
+    """Multiply the gradients, or with NaN the losses, of these steps."""
+    from models.losses import ReflectionLoss
+
+    calls = iter(range(1000))
+    plain = ReflectionLoss.forward
+
+    def forward(self, transmission, *others):
+        factor = factors.get(next(calls), 1.0)
+        transmission = transmission * factor if math.isnan(factor) else Poisoned.apply(transmission, factor)
+        return plain(self, transmission, *others)
+
+    monkeypatch.setattr(ReflectionLoss, "forward", forward)
+
+
+SETTINGS = ("--nEpochs", "1", "--epoch_size", "10", "--save_steps", "1", "--lr", "1e-4", "--guard", "--ema", "0.9")
+
+
+def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, monkeypatch, capsys, quick_guard):
+    poison(monkeypatch, {7: 1e9})
+    states = {}
+    save = checkpoint.save
+
+    def keep(state, path):
+        states.setdefault(state["global_step"], copy.deepcopy(state))
+        save(state, path)
+
+    monkeypatch.setattr(checkpoint, "save", keep)
+    monkeypatch.setattr(engine.Engine, "_evaluate_all", lambda self, epoch: self.record.lines.clear())
+    status, _ = run(tiny_data, tmp_path, *SETTINGS, "--name", "spike", "--epoch_size", "9", "--nEpochs", "1")
+    assert status == 0
+    told = capsys.readouterr().out
+    assert "step 8: skipped" in told and "back to" not in told
+    assert states[8]["guard"]["skipped"] == [7] and states[9]["guard"]["seen"] == 8
+    for part in ("network", "ema", "optimizer"):
+        assert same(states[7][part], states[8][part]) and not same(states[8][part], states[9][part])
+
+
+@pytest.mark.parametrize("factor", [1e9, math.nan])
+def test_repeated_skips_return_to_the_last_good_checkpoint(
+    tiny_data, tmp_path, monkeypatch, capsys, quick_guard, factor
+):
+    poison(monkeypatch, {5: factor, 6: factor})
+    status, folder = run(tiny_data, tmp_path, *SETTINGS, "--name", "spikes")
+    assert status == 0
+    told = capsys.readouterr().out
+    assert "step 7: skipped" in told and "back to the weights of step 5" in told and "0.5 times" in told
+    last = checkpoint.load(folder / "last.pt")
+    assert last["guard"]["rate"] == 0.5 and last["guard"]["returns"] == 1
+    assert last["optimizer"]["param_groups"][0]["lr"] < 0.6e-4
+    assert all(p.isfinite().all() for p in last["network"].values())
+    assert math.isfinite(read_metrics(folder)[-1]["PSNR"])
+
+
+def test_it_gives_up_when_returning_does_not_help(tiny_data, tmp_path, monkeypatch, capsys, quick_guard):
+    poison(monkeypatch, dict.fromkeys(range(5, 10), math.nan))
+    status, folder = run(tiny_data, tmp_path, *SETTINGS, "--name", "lost")
+    assert status == 1
+    assert "--lr" in capsys.readouterr().err
+    assert all(p.isfinite().all() for p in checkpoint.load(folder / "good.pt")["network"].values())
+
+
+def test_a_guarded_run_resumes_bit_for_bit(tiny_data, tmp_path, quick_guard):
+    half = [*SETTINGS, "--scheduler", "none"]
+    whole = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "whole")[1]
+    run(tiny_data, tmp_path, *half, "--nEpochs", "1", "--name", "parts")
+    parts = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "parts", "--resume")[1]
+    a, b = (checkpoint.load(folder / "last.pt") for folder in (whole, parts))
+    assert a["guard"]["seen"] > 0 and same(a, b)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_why_v1_blows_up(step):
+    """What a block adds to its input is of bounded size behind a norm; in MDSRNet v1, which has none, doubling an
+    input of size 8 multiplies it more than a hundredfold: it is a product of several factors that grow."""
+
+    def added(block, size: float) -> float:
+        torch.manual_seed(0)
+        x = size * torch.randn(2, 64, 16, 16)
+        d = block.first(x) if step == 1 else block.second(x)
+        project, gate = (block.project1, block.gates[0]) if step == 1 else (block.project2, block.gates[1])
+        attention = block.attention if step == 1 else None
+        return gate_project_add(d, torch.zeros_like(x), project, torch.ones(1, 64), gate, attention).std().item()
+
+    torch.manual_seed(0)
+    mugi, v1 = MuGI(64), MuGIM(64)
+    with torch.no_grad():
+        assert added(mugi, 16) == pytest.approx(added(mugi, 8), rel=1e-4)
+        assert added(v1, 16) > 100 * added(v1, 8)
