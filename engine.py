@@ -118,6 +118,8 @@ class Engine:
             blocks = {name: part for name, part in self.network.named_modules() if isinstance(part, Block)}
             self.norms = Norms(blocks)
         self.record: Record | None = None
+        if options.compile != "off":
+            _compile(self.model, graphs=options.compile == "graphs", device=self.device)
         self.step_model = self.model
         if world.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -376,6 +378,20 @@ class Engine:
                     tiles = (image, t, target_t, r, target_r, residue / 2 + 0.5)
                     panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
             return [{"name": name} | future.result() for name, future in rows], panels
+
+
+def _compile(model: nn.Module, graphs: bool, device: torch.device) -> None:
+    """Have the whole training step compiled when it first comes.
+
+    Raises:
+        UserError: nothing can be compiled here.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # whatever an installation can get wrong
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--compile: torch.compile doesn't work here; leave it out ({reason[0]})") from error
+    model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 class _Window:

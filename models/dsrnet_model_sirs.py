@@ -71,6 +71,8 @@ def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:
     network = create_model(options.inet)
     if options.weight_path:
         load_weights(network, options.weight_path)
+    if options.checkpoint_activations:
+        network.checkpoint_activations()
     vgg = Vgg19(options.vgg_weights)
     losses = importlib.import_module(f"models.{options.loss}")
     loss = losses.ReflectionLoss(vgg, lambda_vgg=options.lambda_vgg, lambda_rec=options.lambda_rec)

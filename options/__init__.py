@@ -132,5 +132,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--base_dir {options.base_dir}: there is no such folder")
     if options.vgg_weights not in {"imagenet", "random"} and not Path(options.vgg_weights).is_file():
         parser.error(f"--vgg_weights {options.vgg_weights}: neither 'imagenet', 'random' nor a file")
+    if options.compile == "graphs" and options.accumulate > 1:
+        parser.error("--compile graphs: doesn't go with --accumulate; raise --batchSize instead")
+    if options.compile != "off" and options.log_norms:
+        parser.error("--log_norms: doesn't go with --compile, which takes the blocks apart")
     if options.nEpochs == 0 and not (options.weight_path or options.resume):
         parser.error("--nEpochs 0 only evaluates: say which weights with --weight_path or --resume")

@@ -90,11 +90,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
                        help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
                             "auto: bf16 where the hardware multiplies it natively")  # fmt: skip
+    group.add_argument("--compile", nargs="?", const="on", default="off", choices=("off", "on", "graphs"),
+                       help="have torch.compile fuse the training step, which takes minutes at the start and a C++ "
+                            "compiler; graphs: through CUDA graphs, too, for small batches")  # fmt: skip
+    group.add_argument("--checkpoint_activations", action="store_true",
+                       help="compute activations again in the backward pass instead of keeping them: less than half "
+                            "the memory, a third more time")  # fmt: skip
     group.add_argument("--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
                        help="what computes the Mamba models' selective scan (default: the environment variable "
                             "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
     group.add_argument("--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
                        help="worker processes that make samples, 0 for none")  # fmt: skip
+    group.add_argument("--cache_images", type=natural_float, default=0.0, metavar="GIB",
+                       help="memory, for every process that trains, to keep decoded images in")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -179,5 +187,9 @@ def add_records(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log_norms", action="store_true",
                        help="every block's activations and gradients among the curves, to find where a training "
                             "goes astray")  # fmt: skip
+    group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",
+                       help="test images of equal size that are separated together")  # fmt: skip
+    group.add_argument("--save_images", action="store_true",
+                       help="write transmission and reflection of every test image, the newest only, to images/")  # fmt: skip
     group.add_argument("--panels", type=natural_int, default=4, metavar="N",
                        help="images of each test set shown in TensorBoard every epoch")  # fmt: skip

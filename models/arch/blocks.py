@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.arch.fused import Gate, gate_project_add, mutual_gate, norm_project
 from models.arch.mamba import ImageMamba
@@ -54,6 +55,8 @@ class Block(nn.Module, ABC):
 
     gates: tuple[Gate, Gate] = ("mutual", "mutual")
     attends = True
+    checkpointed = False
+    """Whether only the input is kept for the backward pass, which computes the rest again."""
 
     def __init__(self, channels: int, split: bool = True):
         super().__init__()
@@ -72,6 +75,12 @@ class Block(nn.Module, ABC):
         """What the second step gates and projects."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed and torch.is_grad_enabled():
+            # No random numbers are drawn in a block.
+            return checkpoint(self._steps, x, use_reentrant=False, preserve_rng_state=False)
+        return self._steps(x)
+
+    def _steps(self, x: Tensor) -> Tensor:
         x = gate_project_add(self.first(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
         return gate_project_add(self.second(x), x, self.project2, self.b.rows(), self.gates[1])
 

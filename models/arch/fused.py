@@ -97,6 +97,14 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a * b, in one pass."""
+    if torch.compiler.is_compiling():
+        out.copy_(a * b)  # the compiler makes one pass of it, but refuses `out=` for parts of a tensor
+    else:
+        torch.mul(a, b, out=out)
+
+
 def _gate_forward(d: Tensor, gate: Gate) -> Tensor:
     """(M, 2C) to (M, C); the two halves of the rows are the two streams."""
     if gate == "none":
@@ -106,8 +114,8 @@ def _gate_forward(d: Tensor, gate: Gate) -> Tensor:
         return u * v
     g = torch.empty_like(u, memory_format=torch.contiguous_format)
     m = len(d) // 2
-    torch.mul(u[:m], v[m:], out=g[:m])
-    torch.mul(u[m:], v[:m], out=g[m:])
+    _multiply(u[:m], v[m:], g[:m])
+    _multiply(u[m:], v[:m], g[m:])
     return g
 
 
@@ -118,13 +126,13 @@ def _gate_backward(grad: Tensor, d: Tensor, gate: Gate) -> Tensor:
     out = torch.empty_like(d)
     (u, v), (grad_u, grad_v) = d.chunk(2, dim=1), out.chunk(2, dim=1)
     if gate == "self":
-        torch.mul(grad, v, out=grad_u)
-        torch.mul(grad, u, out=grad_v)
+        _multiply(grad, v, grad_u)
+        _multiply(grad, u, grad_v)
         return out
     m = len(d) // 2
     for mine, other in ((slice(m), slice(m, None)), (slice(m, None), slice(m))):
-        torch.mul(grad[mine], v[other], out=grad_u[mine])
-        torch.mul(grad[other], u[other], out=grad_v[mine])
+        _multiply(grad[mine], v[other], grad_u[mine])
+        _multiply(grad[other], u[other], grad_v[mine])
     return out
 
 
