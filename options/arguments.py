@@ -190,6 +190,7 @@ def add_records(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",
                        help="test images of equal size that are separated together")  # fmt: skip
     group.add_argument("--save_images", action="store_true",
-                       help="write transmission and reflection of every test image, the newest only, to images/")  # fmt: skip
+                       help="write the transmission and the reflection of every test image, the newest only, "
+                            "to images/")  # fmt: skip
     group.add_argument("--panels", type=natural_int, default=4, metavar="N",
                        help="images of each test set shown in TensorBoard every epoch")  # fmt: skip

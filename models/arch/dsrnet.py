@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch import blocks
-from models.arch.blocks import MuGI
+from models.arch.blocks import Block, MuGI
 from models.arch.lrm import LearnableResidue
 
 STRIDE = 16
@@ -19,7 +18,7 @@ STRIDE = 16
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 
-Block = Callable[[int, bool], nn.Module]
+MakeBlock = Callable[[int, bool], nn.Module]
 """block(channels, split) makes a dual-stream block, (2B, C, H, W) -> (2B, C, H, W)."""
 
 
@@ -32,7 +31,7 @@ class Pyramid(nn.Module):
         split: passed to every block.
     """
 
-    def __init__(self, width: int, block: Block, split: bool):
+    def __init__(self, width: int, block: MakeBlock, split: bool):
         super().__init__()
         self.lateral = nn.ModuleList(block(c, split) for c in VGG_CHANNELS)
         self.image = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), block(32, split))
@@ -73,7 +72,7 @@ class UNet(nn.Module):
         encoder: Sequence[int],
         middle: int,
         decoder: Sequence[int],
-        block: Block,
+        block: MakeBlock,
         split: bool,
     ):
         super().__init__()
@@ -117,8 +116,8 @@ class DSRNet(nn.Module):
         middle: int,
         decoder: Sequence[int],
         split: bool,
-        block: Block = MuGI,
-        pyramid_block: Block = MuGI,
+        block: MakeBlock = MuGI,
+        pyramid_block: MakeBlock = MuGI,
     ):
         super().__init__()
         self.pyramid = Pyramid(width, pyramid_block, split)
@@ -131,7 +130,7 @@ class DSRNet(nn.Module):
         """Keep only the input of every block for the backward pass, which computes the rest again: a fraction of the
         memory for a third more arithmetic, and the very same numbers."""
         for module in self.modules():
-            if isinstance(module, blocks.Block):
+            if isinstance(module, Block):
                 module.checkpointed = True
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
