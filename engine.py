@@ -24,6 +24,7 @@ from util import checkpoint
 from util.distributed import World
 from util.errors import UserError
 from util.guard import Guard, Verdict
+from util.images import write_image
 from util.interrupt import Interrupt
 from util.metrics import quality_assess
 from util.norms import Norms
@@ -102,6 +103,7 @@ class Engine:
         decay = options.wd if options.optimizer == "adamw" else 0.0
         groups = parameter_groups(self.network, decay)
         self.optimizer = optimizer(groups, lr=options.lr, betas=(0.9, 0.999), fused=True)
+        self.samples_per_step = options.batchSize * options.accumulate * world.size
         self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train else 0
         if loaders.train and not self.steps_per_epoch:
             raise UserError(
@@ -134,6 +136,7 @@ class Engine:
             "inet": self.options.inet,
             "epoch": self.epoch,
             "step": self.step,
+            "samples_per_step": self.samples_per_step,
             "global_step": self.global_step,
             "best": self.best,
             "network": self.network.state_dict(),
@@ -160,7 +163,10 @@ class Engine:
         self._load_weights(state)
         if self.guard and state.get("guard"):
             self.guard = Guard(**state["guard"])
-        self.epoch, self.step, self.global_step = state["epoch"], state["step"], state["global_step"]
+        self.epoch, self.global_step = state["epoch"], state["global_step"]
+        # On another number of processes, or with other batches, a step is another number of samples.
+        samples = state["step"] * state.get("samples_per_step", self.samples_per_step)
+        self.step = min(samples // self.samples_per_step, self.steps_per_epoch)
         self.best = state["best"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
@@ -359,25 +365,31 @@ class Engine:
     def evaluate(self, loader: DataLoader, name: str) -> tuple[list[dict], list[np.ndarray]]:
         """Metrics of every image of a set, and pictures of its first ones.
 
-        The metrics are computed in threads beside the forward passes.
+        The metrics are computed, and pictures written, in threads beside the forward passes.
 
         Returns:
-            Rows as `Record.evaluation` takes them, in the loader's order, and --panels rows of a picture.
+            Rows as `Record.evaluation` takes them, by name, and --panels rows of a picture.
         """
         self.model.eval()
         network = self.ema.module if self.ema else None
-        rows, panels = [], []
+        jobs, panels = [], []
         with ThreadPoolExecutor(4) as pool:
             for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
                 self._stop_if_asked()
                 outputs = self.model.predict(self._move(batch["input"]), network)
-                t, r, residue = (output.cpu()[0] for output in outputs)
-                image, target_t, target_r = (batch[key][0] for key in ("input", "target_t", "target_r"))
-                rows.append((batch["name"][0], pool.submit(_measure, t, image, target_t)))
-                if len(panels) < self.options.panels:
-                    tiles = (image, t, target_t, r, target_r, residue / 2 + 0.5)
-                    panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
-            return [{"name": name} | future.result() for name, future in rows], panels
+                separated = zip(*(output.cpu() for output in outputs), strict=True)
+                given = zip(*(batch[key] for key in ("name", "input", "target_t", "target_r")), strict=True)
+                for (t, r, residue), (image_name, image, target_t, target_r) in zip(separated, given, strict=True):
+                    jobs.append((image_name, pool.submit(_measure, t, image, target_t)))
+                    if self.options.save_images:
+                        stem = self.folder / "images" / name / image_name
+                        jobs += [(None, pool.submit(_write, stem, kind, x)) for kind, x in (("t", t), ("r", r))]
+                    if len(panels) < self.options.panels:
+                        tiles = (image, t, target_t, r, target_r, residue / 2 + 0.5)
+                        panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
+            done = [(image_name, job.result()) for image_name, job in jobs]
+        rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
+        return sorted(rows, key=lambda row: row["name"]), panels
 
 
 def _compile(model: nn.Module, graphs: bool, device: torch.device) -> None:
@@ -422,6 +434,7 @@ class _Window:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return dict(zip(self.sums, means, strict=True)) | {
             "speed/images_per_second": self.images / seconds,
+            "speed/seconds_waited_for_data": self.waited,
             "speed/share_waiting_for_data": self.waited / seconds,
             "speed/peak_memory_GiB": memory / 2**30,
         }
@@ -434,6 +447,12 @@ def _measure(t: Tensor, image: Tensor, target: Tensor) -> dict[str, dict[str, fl
         "model": quality_assess(_pixels(t.clamp(0, 1)), wanted),
         "input": quality_assess(_pixels(image), wanted),
     }
+
+
+def _write(stem: Path, kind: str, image: Tensor) -> None:
+    """A (3, H, W) picture of a test image, as PNG."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_image(stem.with_name(f"{stem.name}_{kind}.png"), image.permute(1, 2, 0).numpy())
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -92,25 +92,34 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
 
 
 def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> DataLoader | None:
-    """The held-out pairs one by one, or None if there are none; arguments as of `build_test_loaders`."""
-    return _ordered(options, sets.validation[rank::world_size]) if sets.validation else None
+    """The held-out pairs, or None if there are none; arguments as of `build_test_loaders`."""
+    return _in_batches(options, sets, sets.validation[rank::world_size]) if sets.validation else None
 
 
 def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader]:
-    """A loader for every test set: `TestSet` samples one by one, by name.
+    """A loader for every test set: `TestSet` samples, --eval_batch at once where their sizes are equal.
 
     Args:
-        options: dataset, if_align, nThreads and gpu_ids are used.
+        options: dataset, if_align, eval_batch, nThreads and gpu_ids are used.
         sets: from `discover`.
         rank, world_size: this process takes every `world_size`-th image, from the `rank`-th on; perhaps none.
     """
-    return {name: _ordered(options, pairs[rank::world_size]) for name, pairs in sets.tests.items()}
+    return {name: _in_batches(options, sets, pairs[rank::world_size]) for name, pairs in sets.tests.items()}
 
 
-def _ordered(options: Namespace, pairs: list[Pair]) -> DataLoader:
+def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> DataLoader:
+    """By name, except that an image may come early, with the first one of its size whose batch has room."""
+    batches: list[list[int]] = []
+    filling: dict[tuple[int, int], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        size = sets.image_sizes[pair.mixture]
+        if len(filling.get(size, ())) % options.eval_batch == 0:
+            filling[size] = []
+            batches.append(filling[size])
+        filling[size].append(index)
     dataset = _module(options).TestSet(options, pairs)
     workers = min(_TEST_WORKERS, options.nThreads) if len(pairs) >= _WORTH_WORKERS else 0
-    return DataLoader(dataset, batch_size=1, **_workers(options, workers))
+    return DataLoader(dataset, batch_sampler=batches, **_workers(options, workers))
 
 
 def _module(options: Namespace):

@@ -56,6 +56,7 @@ class Sets:
         tests: pairs of each test set.
         mix: share of each source that is there and used, in the order of --mix; sums to 1.
         missing: a line for each thing that is not there.
+        image_sizes: width and height of every image.
     """
 
     photographs: list[Path]
@@ -64,6 +65,7 @@ class Sets:
     tests: dict[str, list[Pair]]
     mix: dict[str, float]
     missing: list[str]
+    image_sizes: dict[Path, tuple[int, int]]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -106,7 +108,7 @@ def discover(options: Namespace) -> Sets:
         pairs = {name: _pairs(base / folder, problems)[:limit] for name, folder in PAIR_SETS.items()}
     tests = {name: _pairs(folder, problems)[:limit] for name, folder in _test_folders(base / "test").items()}
     tests = {name: found for name, found in tests.items() if found}
-    _check(photographs, [*pairs.values(), *tests.values()], problems)
+    image_sizes = _check(photographs, [*pairs.values(), *tests.values()], problems)
     if problems:
         more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
         listed = "\n  ".join(problems[:_MOST_PROBLEMS] + more)
@@ -123,7 +125,7 @@ def discover(options: Namespace) -> Sets:
         held_out = _held_out(found, options.val_split)
         validation += [pair for pair in found if pair in held_out]
         pairs[name] = [pair for pair in found if pair not in held_out]
-    return Sets(photographs, pairs, validation, tests, mix, missing)
+    return Sets(photographs, pairs, validation, tests, mix, missing, image_sizes)
 
 
 def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, int]:
@@ -184,8 +186,8 @@ def _test_folders(root: Path) -> dict[str, Path]:
     }
 
 
-def _check(photographs: list[Path], sets: Iterable[list[Pair]], problems: list[str]) -> None:
-    """Look at every image; damaged ones and pairs of different size go to `problems`."""
+def _check(photographs: list[Path], sets: Iterable[list[Pair]], problems: list[str]) -> dict[Path, tuple[int, int]]:
+    """The sizes of all images; damaged ones and pairs of different size go to `problems`."""
     pairs = [pair for found in sets for pair in found]
     files = [*photographs, *(file for pair in pairs for file in pair.files)]
     sizes = {}
@@ -202,6 +204,7 @@ def _check(photographs: list[Path], sets: Iterable[list[Pair]], problems: list[s
             if file in sizes and sizes.get(pair.mixture, sizes[file]) != sizes[file]:
                 (w, h), (expected_w, expected_h) = sizes[file], sizes[pair.mixture]
                 problems.append(f"{file}: {w}x{h} pixels, but {pair.mixture} has {expected_w}x{expected_h}")
+    return sizes
 
 
 def _size_or_problem(file: Path) -> tuple[int, int] | str:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data.cache import ImageCache
 from data.folders import Pair, Sets
 from data.synthesis import Blend, synthesize
 from data.transforms import Augmentation, augment, generator
@@ -28,7 +29,7 @@ class TrainSet(Dataset[Sample]):
     a real pair is mixture minus transmission, in -1..1.
 
     Args:
-        options: seed, crop_size and epoch_size are used.
+        options: seed, crop_size, epoch_size and cache_images are used.
         sets: what there is to train on, and in which mix.
     """
 
@@ -40,6 +41,8 @@ class TrainSet(Dataset[Sample]):
         self.sources = list(sets.mix)
         self.bounds = np.cumsum(list(sets.mix.values()))[:-1]
         self.length = options.epoch_size or sum(sets.sizes.values())
+        files = [*self.photographs, *(f for pairs in self.pairs.values() for p in pairs for f in p.files[:2])]
+        self.images = ImageCache(files, int(options.cache_images * 2**30), least=2 * self.crop_size)
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -52,12 +55,12 @@ class TrainSet(Dataset[Sample]):
         augmentation = Augmentation.draw(rng, self.crop_size)
         if source == "synthetic":
             files = self._partners(epoch, index)
-            t, r = (augment(read_rgb(file), augmentation) for file in files)
+            t, r = (augment(self.images.read(file), augmentation) for file in files)
             mixture, t, r = synthesize(t, r, Blend.draw(rng))
             name = "+".join(file.stem for file in files)
         else:
             pair = self.pairs[source][index % len(self.pairs[source])]
-            mixture, t = (augment(read_rgb(file), augmentation) for file in (pair.mixture, pair.transmission))
+            mixture, t = (augment(self.images.read(file), augmentation) for file in (pair.mixture, pair.transmission))
             r, name = mixture - t, pair.name
         return _sample(mixture, t, r, f"{source}/{name}")
 

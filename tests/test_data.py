@@ -21,6 +21,7 @@ from data.sirs_dataset import TestSet, TrainSet
 from data.transforms import Augmentation, augment, generator, scaled_size
 from options import parse_train
 from util.errors import UserError
+from util.images import read_rgb
 
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
@@ -53,6 +54,11 @@ def base(tmp_path) -> Path:
 
 def options_for(base: Path, *more: str):
     return parse_train(["--base_dir", str(base), "--crop_size", "16", "--nThreads", "0", *map(str, more)])
+
+
+def loader_of(base: Path, *more: str):
+    options = options_for(base, *more)
+    return build_train_loader(options, discover(options))
 
 
 def batches(loader, epoch: int = 0, step: int = 0) -> list[dict]:
@@ -557,3 +563,66 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class TestCache:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_samples_are_the_same_with_and_without(self, base, workers):
+        plain = batches(loader_of(base))
+        cached = loader_of(base, "--cache_images", "0.001", "--nThreads", workers)
+        assert_same(batches(cached), plain)
+        assert_same(batches(cached), plain)  # now out of the cache
+
+    def test_every_file_is_decoded_once(self, base, monkeypatch):
+        import data.cache
+
+        read = Counter()
+        decode = data.cache.read_rgb
+        monkeypatch.setattr(data.cache, "read_rgb", lambda file, least: (read.update([file]), decode(file, least))[1])
+        loader = loader_of(base, "--cache_images", "0.001", "--val_split", "0")
+        for epoch in range(20):
+            batches(loader, epoch)
+        assert set(read.values()) == {1} and len(read) == 8 + 2 * 9
+
+    def test_what_finds_no_room_is_decoded_again(self, base, monkeypatch):
+        plain = batches(loader_of(base))
+        loader = loader_of(base, "--cache_images", "0.000003")  # 3 KB: one image
+        assert_same(batches(loader), plain)
+        kept = loader.dataset.images.entries
+        assert int((kept[:-1, 1] > 0).sum()) == 1 and kept[-1, 0] <= 0.000003 * 2**30
+
+    def test_more_than_there_is(self, base):
+        with pytest.raises(UserError, match="--cache_images 1e"):
+            loader_of(base, "--cache_images", "1e6")
+
+
+def test_large_jpegs_are_decoded_at_reduced_size(tmp_path):
+    y, x = np.mgrid[:600, :900] / 50
+    image = Image.fromarray((127 + 60 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1)).astype(np.uint8))
+    image.save(tmp_path / "large.jpg", quality=95)
+    image.save(tmp_path / "large.png")
+    assert read_rgb(tmp_path / "large.jpg").size == (900, 600)
+    assert read_rgb(tmp_path / "large.jpg", least=301).size == (900, 600)
+    assert read_rgb(tmp_path / "large.jpg", least=300).size == (450, 300)
+    assert read_rgb(tmp_path / "large.jpg", least=32).size == (113, 75)
+    assert read_rgb(tmp_path / "large.png", least=32).size == (900, 600)
+    draw = Augmentation(crop_size=64, short_side=100, across=0.3, down=0.6, flip=True, turns=1)
+    crops = [augment(read_rgb(tmp_path / "large.jpg", least), draw) for least in (0, 128)]
+    assert np.abs(crops[0] - crops[1]).max() < 0.03
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_test_images_of_equal_size_come_together(tmp_path, size):
+    for i, width in enumerate((40, 48, 40, 40, 48, 56, 40)):
+        write_pairs(tmp_path / "test/a", [f"{i}"], width=width)
+        write_pairs(tmp_path / "train/real", [f"{i}"])
+    options = options_for(tmp_path, "--eval_batch", size)
+    loader = build_test_loaders(options, discover(options))["a"]
+    found = [(batch["name"], batch["input"].shape[-1]) for batch in loader]
+    assert sorted(name for names, _ in found for name in names) == list("0123456")
+    expected = {
+        1: [["0"], ["1"], ["2"], ["3"], ["4"], ["5"], ["6"]],
+        2: [["0", "2"], ["1", "4"], ["3", "6"], ["5"]],
+        5: [["0", "2", "3", "6"], ["1", "4"], ["5"]],
+    }
+    assert [names for names, _ in found] == expected[size]

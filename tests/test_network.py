@@ -11,6 +11,9 @@ from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.fused import mutual_gate
 from models.arch.lrm import LearnableResidue
+from models.dsrnet_model_sirs import DSRNetModel
+from models.losses import ReflectionLoss
+from models.vgg import Vgg19
 from models.weights import load_weights, translate
 from tests.conftest import GOLDEN, golden, published_state, relative_error
 from tests.golden.fill import fill, image, pyramid, rng
@@ -195,24 +198,87 @@ def test_refuses_sizes_that_do_not_divide():
         tiny()(torch.rand(1, 3, 20, 32), [])
 
 
+def kept_bytes(net: DSRNet, forward) -> int:
+    """What `forward()` keeps for its backward pass beside the network's parameters."""
+    seen = {}
+
+    def pack(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)  # so that no two live tensors share an address
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(seen.values()) - sum(p.nbytes for p in net.parameters() if p.data_ptr() in seen)
+
+
 def test_keeps_less_for_the_backward_pass_than_the_plain_network():
     """Bytes kept between forward and backward: at most 0.6 of the plain network's."""
 
-    def kept(forward) -> int:
-        seen = {}
-
-        def pack(tensor):
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)  # so that no two live tensors share an address
-            return tensor
-
-        alive: list[torch.Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward()
-        return sum(seen.values()) - sum(p.nbytes for p in net.parameters() if p.data_ptr() in seen)
-
     net = tiny()
     mixture, features = inputs(96, 96, 1)
-    ours = kept(lambda: net(mixture, features))
+    ours = kept_bytes(net, lambda: net(mixture, features))
     net.to(memory_format=torch.contiguous_format)
-    assert ours < 0.6 * kept(lambda: plain_forward(net, mixture, features))
+    assert ours < 0.6 * kept_bytes(net, lambda: plain_forward(net, mixture, features))
+
+
+def step_model(net: DSRNet, bf16: bool) -> tuple[DSRNetModel, list[torch.Tensor]]:
+    """All that a training step needs, and a batch for it."""
+    vgg = Vgg19("random")
+    model = DSRNetModel(net, vgg, ReflectionLoss(vgg), bf16)
+    return model, [torch.from_numpy(image(name, 32, 32, 2)) for name in "abc"]
+
+
+def losses_and_gradients(model, batch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    model.network.zero_grad()
+    terms = model(*batch)
+    sum(terms.values()).backward()
+    return {k: v.item() for k, v in terms.items()}, {k: p.grad.clone() for k, p in model.network.named_parameters()}
+
+
+@pytest.mark.parametrize(("block", "bf16"), [(MuGI, False), (MuGIM2, True)])
+def test_the_whole_step_is_one_graph(block, bf16):
+    """Traced without a break, with the same results; without the compiler's code, which takes minutes to make."""
+    model, batch = step_model(tiny(block=block), bf16)
+    losses, gradients = losses_and_gradients(model, batch)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    found, others = losses_and_gradients(model, batch)
+    precision = 2e-2 if bf16 else 1e-4  # bf16's 8 bits, rounded at other places
+    assert found == pytest.approx(losses, rel=precision)
+    for name, gradient in gradients.items():
+        assert (others[name] - gradient).norm() <= 5 * precision * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [MuGI, MuGIM2, MuGIM, MuGIMG])
+def test_compiled_block(block):
+    """Code of the compiler itself, forward and backward."""
+    torch._dynamo.reset()
+    net = block(16)
+    for scale in (*net.a, *net.b):
+        torch.nn.init.normal_(scale)
+    x = normal("x", (2, 16, 8, 8)).contiguous(memory_format=torch.channels_last)
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, dynamic=False)):
+        net.zero_grad()
+        y = run(x)
+        y.square().sum().backward()
+        results.append((y.detach(), [p.grad.clone() for p in net.parameters()]))
+    torch.testing.assert_close(*(y for y, _ in results), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*(gradients for _, gradients in results), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [MuGI, MuGIM2])
+def test_checkpointed_activations(block):
+    """The very same numbers, and less than half as much kept for the backward pass."""
+
+    model, batch = step_model(tiny(block=block), bf16=False)
+    net, features = model.network, model.vgg(batch[0])
+    plain, before = losses_and_gradients(model, batch), kept_bytes(net, lambda: net(batch[0], features))
+    net.checkpoint_activations()
+    checkpointed, after = losses_and_gradients(model, batch), kept_bytes(net, lambda: net(batch[0], features))
+    assert checkpointed[0] == plain[0]
+    assert all(torch.equal(checkpointed[1][name], gradient) for name, gradient in plain[1].items())
+    assert after < 0.5 * before
