@@ -24,6 +24,7 @@ from tools import replay
 from train_sirs import train
 from util import checkpoint
 from util.errors import UserError
+from util.images import read_image
 from util.records import PUBLISHED_SETS, Record, read_metrics, table
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,8 @@ def finished(tiny_data, tmp_path_factory) -> Path:
     return folder
 
 
-FULL = ("--ema", "0.9", "--grad_clip", "1", "--accumulate", "2", "--batchSize", "1", "--save_every", "2")
+FULL = ("--ema", "0.9", "--grad_clip", "1", "--accumulate", "2", "--batchSize", "1", "--save_every", "2", "--guard")
+FULL += ("--eval_batch", "3", "--save_images", "--cache_images", "0.001", "--checkpoint_activations", "--log_norms")
 
 
 def test_records_of_a_run(finished):
@@ -110,6 +112,9 @@ def test_tensorboard_has_curves_panels_and_options(finished):
         events.Scalars(f"train/loss_{t}")[0].value for t in ["t_pixel", "r_pixel", "vgg", "exclusion", "reconstruction"]
     )
     assert total[0].value == pytest.approx(parts, rel=1e-5)
+    assert "activation_rms/unet.middle.0" in tags["scalars"] and "gradient_norm/unet.middle.0" in tags["scalars"]
+    waited = events.Scalars("speed/seconds_waited_for_data")
+    assert all(0 < point.value < 60 for point in waited)
     assert len(events.Images("panels/demo_clip")) == 4
     assert "options/text_summary" in tags["tensors"]
 
@@ -119,7 +124,10 @@ def test_files_of_a_run(finished):
     assert written["ema"] == 0.9 and written["comment"] == "a test"
     assert (finished / "panels/demo_clip.png").stat().st_size > 1000
     names = sorted(path.name for path in finished.glob("*.pt"))
-    assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "last.pt"]
+    assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "good.pt", "last.pt"]
+    pictures = sorted(path.name for path in (finished / "images/demo_clip").iterdir())
+    assert pictures == [f"{number:02}_{layer}.png" for number in range(4) for layer in "rt"]
+    assert read_image(finished / "images/demo_clip/00_t.png").shape == (40, 52, 3)
     assert "optimizer" not in checkpoint.load(finished / "best.pt")
     scores = {line["epoch"]: line["PSNR"] for line in read_metrics(finished) if line["set"] == "val" and line["epoch"]}
     best = checkpoint.load(finished / "best.pt")
@@ -133,6 +141,18 @@ def test_two_and_two_epochs_equal_four(finished, tiny_data, tmp_path):
     assert same(checkpoint.load(folder / "last.pt"), checkpoint.load(finished / "last.pt"))
     without_time = [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(folder)]
     assert without_time == [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(finished)]
+
+
+@pytest.mark.parametrize(("before", "steps_left"), [(1, 1), (2, 0)])
+def test_resuming_with_another_batch_goes_on_at_the_same_sample(finished, tiny_data, tmp_path, before, steps_left):
+    """Two steps of `before` samples are done; what is left of the epoch's four comes in steps of two."""
+    (tmp_path / "other").mkdir()
+    state = checkpoint.load(finished / "last.pt") | {"epoch": 3, "step": 2, "samples_per_step": before}
+    checkpoint.save(state, tmp_path / "other/last.pt")
+    steps_of_two = (*FULL, "--accumulate", "1", "--batchSize", "2", "--nEpochs", "4", "--name", "other", "--resume")
+    status, folder = run(tiny_data, tmp_path, *steps_of_two)
+    assert status == 0
+    assert checkpoint.load(folder / "last.pt")["global_step"] == state["global_step"] + steps_left
 
 
 def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
@@ -285,6 +305,28 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny_data, tmp_pa
         for name in ("one", "two")
     ]
     assert psnr[0] == pytest.approx(psnr[1], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_and_the_run_ends_as_an_undisturbed_one(tiny_data, tmp_path):
+    settings = arguments(tiny_data, tmp_path, "--nEpochs", "2", "--epoch_size", "12", "--save_steps", "1")
+
+    def command(name: str) -> list[str]:
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+        return [sys.executable, *launch, "train_sirs.py", *settings, "--resume", "auto", "--name", name]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    subprocess.run(command("whole"), cwd=ROOT, env=environment, check=True, timeout=240)
+    process = subprocess.Popen(command("killed"), cwd=ROOT, env=environment)
+    try:
+        wait_for_writes(tmp_path / "killed/last.pt", process, 3)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+    whole, killed = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    assert same(whole, killed)
 
 
 def test_learning_rate_follows_the_schedules():

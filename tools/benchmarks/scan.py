@@ -1,10 +1,10 @@
 """`scan`: the backends of the selective scan beside each other, and beside mambapy's and the sequential loop."""
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +63,12 @@ def add_scan(commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of u, delta, B, C and z")
     parser.add_argument("--gated", action="store_true",
                         help="with z, delta_bias and softplus, as a Mamba layer calls it")  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    common.add_device(parser)
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="only these (default: all that work)")
     parser.add_argument("--repeats", type=int, default=15, metavar="N", help="at most so many of each")
     parser.add_argument("--max_seconds", type=float, default=30, metavar="S",
                         help="for one backend at one shape; what would need more even once is left out")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and memory over the length there")
+    common.add_output(parser, plot="time and memory over the length")
 
 
 def shape(text: str) -> tuple[int, int, int]:
@@ -81,43 +79,34 @@ def shape(text: str) -> tuple[int, int, int]:
 
 
 def run_scan(options: argparse.Namespace) -> int:
-    device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch finds no GPU here")
+    device = common.choose_device(options)
     if options.plot:
-        import_matplotlib()  # so that it's missed now, not after the measurements
+        common.import_matplotlib()
     competitors = find_competitors(device, options.backends)
     shapes = options.shapes or [(2, 128, length) for length in LENGTHS]
-    rate, rate_words = copy_rate() if device == "cuda" else arithmetic_peak()
+    rate, rate_words = ceiling(device)
     measurements = []
     for batch, channels, length in shapes:
         inputs = scan_inputs(batch, channels, length, options.states, DTYPES[options.dtype], options.gated, device)
-        for direction in ("forward", "forward + backward"):
+        for direction in DIRECTIONS:
             measurements += compare(competitors, inputs, direction, options, device, rate, measurements)
         del inputs
-    machine = torch.cuda.get_device_name() if device == "cuda" else processor_name()
-    setting = {
-        "command": "python tools/benchmark.py " + " ".join(sys.argv[1:]),
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "rate": rate_words,
-    }
-    text = "\n".join(f"{key}: {value}" for key, value in setting.items())
-    print(f"{text}\n")
-    tables = [scan_table(measurements, direction, device) for direction in ("forward", "forward + backward")]
-    for title, rows in tables:
-        print(f"{title}\n{aligned(rows)}\n")
-    if options.markdown:
-        parts = [f"### {title}\n\n{markdown(rows)}" for title, rows in tables]
-        options.markdown.write_text("\n\n".join([f"```\n{text}\n```", *parts]) + "\n")
-    if options.json:
-        record = {"setting": setting, "measurements": [asdict(m) for m in measurements]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    header = common.setting(options, device) | {"rate": rate_words}
+    tables = [scan_table(measurements, direction, device) for direction in DIRECTIONS]
+    common.report(options, header, tables, measurements=[asdict(m) for m in measurements])
     if options.plot:
-        plot_scan(measurements, f"Selective scan, {machine}", options.plot)
+        panels = [panel(measurements, direction) for direction in DIRECTIONS]
+        common.draw(panels, f"Selective scan, {header['machine']}", options.plot)
     return 0
+
+
+def ceiling(device: str) -> tuple[float, str]:
+    """What the share is of: bytes a second of a copy on a GPU, operations a second on a CPU; and in words."""
+    if device == "cuda":
+        rate = common.copy_rate(device)
+        return rate, f"share is of {rate / 1e9:.0f} GB/s, measured with a device copy of 256 MiB"
+    rate, side = common.matrix_rate(device, torch.float32), common.matrix_side(device)
+    return rate, f"share is of {rate / 1e9:.0f} GFLOP/s, measured with a {side} x {side} matrix product"
 
 
 def find_competitors(device: str, wanted: list[str] | None) -> dict[str, Callable[..., Tensor]]:
@@ -196,39 +185,20 @@ def compare(
         else:
             torch.autograd.grad(scan(*inputs), leaves, dy)
 
-    results, seconds, rounds = [], {}, {}
-    for name, scan in competitors.items():
-        progress(f"{direction}, {batch},{channels},{length}: {name}")
-        result = Measurement(name, direction, batch, channels, length, states, None)
-        results.append(result)
-        expected = extrapolate(result, earlier)
-        if expected is not None and expected.milliseconds > 1e3 * options.max_seconds:
-            result.note = f"left out, about {expected.milliseconds / 1e3:.0f} s"
-            continue
-        if expected is not None and expected.memory and expected.memory * size > 0.8 * free_memory(device):
-            result.note = f"left out, about {expected.memory * size / 2**30:.0f} GiB"
-            continue
-        try:
-            result.memory = peak_memory(lambda scan=scan: call(scan), device) / size  # warms up, too
-            first = elapsed(lambda scan=scan: call(scan), device)
-        except torch.cuda.OutOfMemoryError:
-            result.note = "out of memory"
-            continue
-        seconds[name] = [first]
-        rounds[name] = min(options.repeats, int(options.max_seconds / first) + 1)
-    for turn in range(1, max(rounds.values(), default=1)):
-        if sys.stderr.isatty():
-            progress(f"{direction}, {batch},{channels},{length}: round {turn + 1}")
-        for name in seconds:
-            if turn < rounds[name]:
-                seconds[name].append(elapsed(lambda scan=competitors[name]: call(scan), device))
+    results = [Measurement(name, direction, batch, channels, length, states, None) for name in competitors]
+    calls = {name: functools.partial(call, scan) for name, scan in competitors.items()}
+    expected = {result.backend: extrapolate(result, earlier) for result in results}
+    foreseen = {name: (m.milliseconds / 1e3, m.memory * size) for name, m in expected.items() if m}
+    title = f"{direction}, {batch},{channels},{length}"
+    costs = common.in_turn(calls, device, options.repeats, options.max_seconds, title, foreseen, common.kernel_seconds)
+    work = bytes_moved(inputs, direction) if device == "cuda" else operations(results[0])
     for result in results:
-        if result.backend in seconds:
-            result.repeats = rounds[result.backend]
-            result.milliseconds = 1e3 * statistics.median(seconds[result.backend])
-            work = bytes_moved(inputs, direction) if device == "cuda" else operations(result)
+        cost = costs[result.backend]
+        result.note = cost.note
+        if cost.seconds:
+            result.milliseconds, result.repeats = cost.milliseconds, len(cost.seconds)
+            result.memory = cost.peak / size
             result.share = work / result.milliseconds * 1e3 / rate
-    progress("")
     return results
 
 
@@ -276,3 +246,11 @@ def scan_table(measurements: list[Measurement], direction: str, device: str) -> 
     return f"{direction} ({device}, {measurements[0].states} states)", rows
 
 
+def panel(measurements: list[Measurement], direction: str) -> common.Panel:
+    """Time and memory over the length, a line for every backend."""
+    measured = [m for m in measurements if m.direction == direction and m.milliseconds]
+    lines = {}
+    for name in dict.fromkeys(m.backend for m in measured):
+        line = sorted((m for m in measured if m.backend == name), key=lambda m: m.length)
+        lines[name] = ([m.length for m in line], [m.milliseconds for m in line], [m.memory for m in line])
+    return common.Panel(direction, "length", ("milliseconds", "peak memory over the inputs' size"), lines)
