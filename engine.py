@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from models.arch.blocks import Block
+from options import as_text
 from util import checkpoint
 from util.distributed import World
 from util.errors import UserError
@@ -134,6 +135,7 @@ class Engine:
         return {
             "format": FORMAT,
             "inet": self.options.inet,
+            "options": as_text(self.options),
             "epoch": self.epoch,
             "step": self.step,
             "samples_per_step": self.samples_per_step,

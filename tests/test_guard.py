@@ -10,7 +10,7 @@ import torch
 import engine
 from models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.fused import gate_project_add
-from tests.test_engine import run, same
+from tests.test_engine import run, same, state_of
 from util import checkpoint
 from util.guard import Guard, Verdict
 from util.records import read_metrics
@@ -164,7 +164,7 @@ def test_a_guarded_run_resumes_bit_for_bit(tiny_data, tmp_path, quick_guard):
     whole = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "whole")[1]
     run(tiny_data, tmp_path, *half, "--nEpochs", "1", "--name", "parts")
     parts = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "parts", "--resume")[1]
-    a, b = (checkpoint.load(folder / "last.pt") for folder in (whole, parts))
+    a, b = state_of(whole), state_of(parts)
     assert a["guard"]["seen"] > 0 and same(a, b)
 
 
