@@ -6,6 +6,7 @@ would take at the rate of the machine's matrix product; the share is how close i
 
 import argparse
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -159,7 +160,8 @@ def run_step(options: argparse.Namespace) -> int:
     if options.profile and not options.profile.parent.is_dir():
         raise SystemExit(f"error: --profile {options.profile}: there is no such folder")
     rates = common.ceilings(device)
-    results = measure(options, variants, device, rates, options.forward_only)
+    results = measure(options, variants, device, options.forward_only)
+    add_floors(results, rates, device, options.forward_only)
     tables = [step_table(results, device, options.forward_only)]
     if options.forward_only:
         tables.append(spread_table(results))
@@ -180,7 +182,7 @@ def run_memory(options: argparse.Namespace) -> int:
     tables, panels, records = [], [], []
     for forward_only, kind in KINDS.items():
         chosen = without_extras(variants) if forward_only else variants
-        results = measure(options, chosen, device, rates, forward_only)
+        results = measure(options, chosen, device, forward_only)
         slopes = {line: slope(found) for line, found in by_line(results).items()}
         tables.append(memory_table(results, slopes, f"peak GiB of a {kind} ({device})"))
         panels.append(curves(results, kind, "megapixels", lambda m: m.pixels / 1e6, memory_only=True))
@@ -310,25 +312,18 @@ def random_images(batch: int, size: int, device: str) -> Images:
     return [torch.rand(batch, 3, size, size, device=device) for _ in range(3)]
 
 
-def measure(
-    options: argparse.Namespace, variants: list[Variant], device: str, rates: dict[str, float], forward_only: bool
-) -> list[Measurement]:
-    """Every model in every variant at every size and batch, variants in turn."""
+def measure(options: argparse.Namespace, variants: list[Variant], device: str, forward_only: bool) -> list[Measurement]:
+    """Every model in every variant at every size and batch, variants in turn; without floors."""
     results = []
     vgg = Vgg19("random").to(device)
     build = prediction if forward_only else training
     for model in options.models:
         works = {variant.name: build(model, variant, vgg, device) for variant in variants}
-        for size in options.sizes:
-            found = []
-            for batch in options.batches:
-                if any(variant.is_compiled for variant in variants):
-                    torch.compiler.reset()  # else torch refuses to compile a step for more than a few sizes
-                blank = [Measurement(model, variant.name, size, batch) for variant in variants]
-                found += compare(works, blank, options, device, forward_only, results + found)
-            if any(m.milliseconds for m in found):
-                add_floors(found, rates, count_flops(model, size, build, vgg, device))
-            results += found
+        for size, batch in itertools.product(options.sizes, options.batches):
+            if any(variant.is_compiled for variant in variants):
+                torch.compiler.reset()  # else torch refuses to compile a step for more than a few sizes
+            blank = [Measurement(model, variant.name, size, batch) for variant in variants]
+            results += compare(works, blank, options, device, forward_only, results)
     return results
 
 
@@ -368,27 +363,32 @@ def foresee(wanted: Measurement, earlier: list[Measurement]) -> tuple[float, flo
     return tuple(float(np.polyval(np.polyfit(pixels, values, 1), wanted.pixels)) for values in (seconds, peaks))
 
 
-def add_floors(results: list[Measurement], rates: dict[str, float], flops: int | None) -> None:
-    """Fill in FLOPs, floor and share of measurements at one size.
+def add_floors(results: list[Measurement], rates: dict[str, float], device: str, forward_only: bool) -> None:
+    """Fill in FLOPs, floor and share.
 
     Args:
-        results: those.
+        results: of `measure`.
         rates: FLOP/s of a matrix product by precision.
-        flops: of one image.
+        device, forward_only: as they were measured.
     """
-    for m in results:
-        if m.milliseconds and flops:
+    vgg = Vgg19("random").to(device)
+    counts = {}
+    for m in (m for m in results if m.milliseconds):
+        if (m.model, m.size) not in counts:
+            counts[m.model, m.size] = count_flops(m.model, m.size, vgg, device, forward_only)
+        if flops := counts[m.model, m.size]:
             m.flops = flops * m.batch
             m.floor = 1e3 * m.flops / rates[Variant(m.variant).precision]
             m.share = m.floor / m.milliseconds
 
 
-def count_flops(model: str, size: int, build: Callable[..., Work], vgg: Vgg19, device: str) -> int | None:
-    """Floating-point operations of one image's step in fp32, as `build` makes it: products, convolutions, scans.
+def count_flops(model: str, size: int, vgg: Vgg19, device: str, forward_only: bool) -> int | None:
+    """Floating-point operations of one image's step in fp32: those of products, convolutions and scans.
 
     None where even that doesn't fit into memory.
     """
     common.progress(f"{model},{size}: counting operations")
+    build = prediction if forward_only else training
     formulas = {torch.ops.aten.convolution_backward: _backward_flops}
     try:
         work, images = build(model, Variant("fp32"), vgg, device), random_images(1, size, device)
@@ -414,7 +414,7 @@ def profile(options: argparse.Namespace, variants: list[Variant], device: str) -
     build = prediction if options.forward_only else training
     work = build(options.models[-1], variants[-1], Vgg19("random").to(device), device)
     images = random_images(options.batches[-1], options.sizes[-1], device)
-    for _ in range(3):  # compiles, and records graphs
+    for _ in range(3 if variants[-1].is_compiled else 1):  # compiles, and records graphs
         work(images)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
