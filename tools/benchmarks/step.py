@@ -24,6 +24,7 @@ from models.arch.dsrnet import STRIDE
 from models.arch.mamba import Mamba
 from models.dsrnet_model_sirs import DSRNetModel
 from models.losses import ReflectionLoss
+from models.scan import set_backend
 from models.vgg import Vgg19
 from options.arguments import natural_float, positive_int
 from tools.benchmarks import common
@@ -31,6 +32,7 @@ from util.allocator import keep_freed_memory
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
+LOOP = "sequential"  # with the scan's plain loop over the pixels
 KINDS = {False: "training step", True: "prediction"}
 
 Images = list[Tensor]
@@ -142,7 +144,8 @@ def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
     parser.add_argument("--variants", nargs="+", metavar="VARIANT",
                         help="'plain' (tests/plain.py: two passes in fp32, torch's default AdamW, no Mamba), or fp32 "
                              "or bf16 with any of +compile, +graphs (compiled into CUDA graphs) and +checkpoint "
-                             "(activations computed again), such as bf16+compile; ratios are to the first "
+                             "(activations computed again) and +sequential (Mamba's scan as a loop over the "
+                             "pixels), such as bf16+compile; ratios are to the first "
                              "(default: plain fp32 bf16)")  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=positive_int, default=sizes, metavar="PIXELS",
                         help="height and width of the images, multiples of 16 "
@@ -219,11 +222,11 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
 def check_variant(name: str, device: str, forward_only: bool) -> Variant:
     """The variant of that name, if there is one and it can be had here."""
     variant, parts = Variant(name), name.split("+")
-    known = set(parts) <= {*PRECISIONS, *EXTRAS} and len(variant.parts) == len(parts)
+    known = set(parts) <= {*PRECISIONS, *EXTRAS, LOOP} and len(variant.parts) == len(parts)
     if not variant.is_plain and not (known and len(variant.parts & set(PRECISIONS)) == 1):
         raise SystemExit(
             f"error: --variants {name}: no such variant; there are 'plain', and {' or '.join(PRECISIONS)} with any of "
-            f"{', '.join(EXTRAS)}, such as bf16+compile+checkpoint"
+            f"{', '.join(EXTRAS)}, {LOOP}, such as bf16+compile+checkpoint"
         )
     if "graphs" in parts and device == "cpu":
         raise SystemExit(f"error: --variants {name}: CUDA graphs need a GPU")
@@ -299,13 +302,26 @@ def training(name: str, variant: Variant, vgg: Vgg19, device: str) -> Work:
         finally:
             optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return with_scan(variant, step)
 
 
 def prediction(name: str, variant: Variant, vgg: Vgg19, device: str) -> Work:
     """`predict` of the mixtures."""
     model = build_model(name, variant, vgg, device).eval()
-    return lambda images: model.predict(images[0])
+    return with_scan(variant, lambda images: model.predict(images[0]))
+
+
+def with_scan(variant: Variant, work: Work) -> Work:
+    """With the scan as the variant has it."""
+
+    def scanning(images: Images) -> None:
+        set_backend("reference" if LOOP in variant.parts else None)
+        try:
+            work(images)
+        finally:
+            set_backend(None)
+
+    return scanning
 
 
 def random_images(batch: int, size: int, device: str) -> Images:
