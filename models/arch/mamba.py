@@ -61,12 +61,21 @@ class Mamba(nn.Module):
             delta_bias=self.dt_proj.bias.float(),
             delta_softplus=True,
         )
+        if _is_short(self.out_proj.weight, y):
+            return self.out_proj(y.mT)
         return torch.bmm(y.mT, _for_each(y, self.out_proj.weight.mT))  # (batch, length, d_model)
 
 
 def _project(weight: Tensor, x: Tensor) -> Tensor:
     """(out, in), (batch, in, length) -> (batch, out, length)"""
+    if _is_short(weight, x):
+        return (weight @ x.transpose(0, 1).flatten(1)).unflatten(1, (len(x), -1)).transpose(0, 1)
     return torch.bmm(_for_each(x, weight), x)
+
+
+def _is_short(weight: Tensor, x: Tensor) -> bool:
+    """Whether reading the weight once for every image costs more than bringing all images' steps together."""
+    return x.shape[0] * x.shape[2] < weight.shape[1]
 
 
 def _for_each(x: Tensor, weight: Tensor) -> Tensor:
