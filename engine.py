@@ -24,10 +24,10 @@ from options import as_text
 from util import checkpoint
 from util.distributed import World
 from util.errors import UserError
+from util.evaluation import measure, separate
 from util.guard import Guard, Verdict
 from util.images import write_image
 from util.interrupt import Interrupt
-from util.metrics import quality_assess
 from util.norms import Norms
 from util.progress import Progress, track
 from util.records import Record
@@ -375,20 +375,25 @@ class Engine:
         self.model.eval()
         network = self.ema.module if self.ema else None
         jobs, panels = [], []
+
+        def predict(image: Tensor) -> tuple[Tensor, ...]:
+            self._stop_if_asked()
+            return self.model.predict(self._move(image), network)
+
+        batches = track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main)
         with ThreadPoolExecutor(4) as pool:
-            for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
-                self._stop_if_asked()
-                outputs = self.model.predict(self._move(batch["input"]), network)
-                separated = zip(*(output.cpu() for output in outputs), strict=True)
-                given = zip(*(batch[key] for key in ("name", "input", "target_t", "target_r")), strict=True)
-                for (t, r, residue), (image_name, image, target_t, target_r) in zip(separated, given, strict=True):
-                    jobs.append((image_name, pool.submit(_measure, t, image, target_t)))
-                    if self.options.save_images:
-                        stem = self.folder / "images" / name / image_name
-                        jobs += [(None, pool.submit(_write, stem, kind, x)) for kind, x in (("t", t), ("r", r))]
-                    if len(panels) < self.options.panels:
-                        tiles = (image, t, target_t, r, target_r, residue / 2 + 0.5)
-                        panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
+            for one in separate(batches, predict):
+                jobs.append((one.name, pool.submit(measure, one)))
+                if self.options.save_images:
+                    stem = self.folder / "images" / name / one.name
+                    jobs += [
+                        (None, pool.submit(_write, stem, kind, x))
+                        for kind, x in (("t", one.transmission), ("r", one.reflection))
+                    ]
+                if len(panels) < self.options.panels:
+                    tiles = (one.mixture, one.transmission, one.target_t, one.reflection, one.target_r)
+                    tiles = (*tiles, one.residue / 2 + 0.5)
+                    panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
             done = [(image_name, job.result()) for image_name, job in jobs]
         rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
         return sorted(rows, key=lambda row: row["name"]), panels
@@ -442,24 +447,10 @@ class _Window:
         }
 
 
-def _measure(t: Tensor, image: Tensor, target: Tensor) -> dict[str, dict[str, float]]:
-    """Metrics of the estimate and of the untouched input, against the target, in 0..255 and not rounded."""
-    wanted = _pixels(target)
-    return {
-        "model": quality_assess(_pixels(t.clamp(0, 1)), wanted),
-        "input": quality_assess(_pixels(image), wanted),
-    }
-
-
 def _write(stem: Path, kind: str, image: Tensor) -> None:
     """A (3, H, W) picture of a test image, as PNG."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_image(stem.with_name(f"{stem.name}_{kind}.png"), image.permute(1, 2, 0).numpy())
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) in 0..1 to (H, W, 3) in 0..255."""
-    return image.permute(1, 2, 0).numpy() * 255
 
 
 def _picture(image: Tensor) -> np.ndarray:

@@ -34,8 +34,6 @@ def train(options) -> int:
     Raises:
         UserError: for what a user can put right.
     """
-    import torch
-
     from engine import Diverged, Engine, Interrupted
     from models import build_model
     from models.arch import list_models
@@ -43,6 +41,7 @@ def train(options) -> int:
     from util.allocator import keep_freed_memory
     from util.distributed import join, wants_bf16
     from util.records import read_metrics, table
+    from util.repeatable import make_repeatable
 
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
@@ -57,7 +56,7 @@ def train(options) -> int:
     _warn(options, say)
 
     keep_freed_memory()
-    _make_repeatable(torch, options.seed)
+    make_repeatable(options.seed)
     bf16 = wants_bf16(options.precision, world.device)
     engine = Engine(options, build_model(options, bf16), loaders, world, folder)
     count = sum(parameter.numel() for parameter in engine.network.parameters())
@@ -141,17 +140,6 @@ def _run_folder(options) -> Path:
         folder = options.checkpoints_dir / f"{options.name}-{number}"
         number += 1
     return folder
-
-
-def _make_repeatable(torch, seed: int) -> None:
-    """Same seed, same machine: same run, bit for bit."""
-    torch.manual_seed(seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
-    torch.backends.cudnn.benchmark = False
-    # Matrix products as precise as cuDNN's convolutions are by default, which 1x1 convolutions otherwise are.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
 
 
 def _say_where_to_look(folder: Path, say) -> None:

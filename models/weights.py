@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.arch import create_model, list_models
 from util import checkpoint
 from util.errors import UserError
 
@@ -68,7 +69,7 @@ def translate(name: str) -> str:
     return name
 
 
-def load_weights(network: nn.Module, source: str | Path | dict) -> dict:
+def load_weights(network: nn.Module, source: str | Path | dict, where: str = "the given weights") -> dict:
     """Load a checkpoint, ours or a published one, into a network.
 
     Args:
@@ -84,19 +85,50 @@ def load_weights(network: nn.Module, source: str | Path | dict) -> dict:
         UserError: the file can't be read, holds anything but plain data, or doesn't fit the network; the message
             names what is missing, left over or of another shape.
     """
-    where = "the given weights"
     if not isinstance(source, dict):
         where, source = str(source), checkpoint.load(source)
     state, rest = _find_state(source, where)
-    published: dict[str, Tensor] = {}
+    translated = _translated(state, where)
+    _check_fit(network.state_dict(), translated, where)
+    network.load_state_dict(translated)
+    return rest
+
+
+def architecture_of(content: dict, where: str) -> str:
+    """The name, of `models.arch.list_models`, of the network that a checkpoint's weights belong to.
+
+    Args:
+        content: what is in the file. One of our own says the name; for others, the names and shapes of the
+            parameters are compared with those of all networks.
+        where: the file, for messages.
+
+    Raises:
+        UserError: they are no network's.
+    """
+    if isinstance(content.get("inet"), str):
+        return content["inet"]
+    state, _ = _find_state(content, where)
+    shapes = {name: value.shape for name, value in _translated(state, where).items()}
+    for name in list_models():
+        with torch.device("meta"):
+            expected = create_model(name).state_dict()
+        if shapes == {key: value.shape for key, value in expected.items()}:
+            return name
+    raise UserError(
+        f"{where}: its {len(shapes)} parameters are none of the networks' ({', '.join(list_models())}); "
+        "name the network with --inet to see what doesn't fit"
+    )
+
+
+def _translated(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A state dict under our names."""
+    translated: dict[str, Tensor] = {}
     for name, value in state.items():
         ours = translate(name)
-        if ours in published and not torch.equal(published[ours], value):
+        if ours in translated and not torch.equal(translated[ours], value):
             raise UserError(f"{where}: two different tensors are meant to be {ours}; one of them is {name}")
-        published[ours] = value
-    _check_fit(network.state_dict(), published, where)
-    network.load_state_dict(published)
-    return rest
+        translated[ours] = value
+    return translated
 
 
 def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:

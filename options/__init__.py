@@ -39,6 +39,7 @@ def train_parser() -> argparse.ArgumentParser:
     for add in (
         arguments.add_run,
         arguments.add_device,
+        arguments.add_speed,
         arguments.add_model,
         arguments.add_data,
         arguments.add_recipe,
@@ -72,6 +73,72 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.name = options.name or options.inet
     options.base_dir = options.base_dir or (DEMO_DATA if demo else PUBLISHED_DATA)
     _check(parser, options)
+    return options
+
+
+def infer_parser() -> argparse.ArgumentParser:
+    """The parser of tools/infer.py."""
+    parser = argparse.ArgumentParser(
+        prog="infer.py",
+        description="Separate photographs of any size into what is behind the glass and what is mirrored in it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="photographs, folders of them, or patterns such as "
+                        "'holiday/**/*.jpg'")  # fmt: skip
+    arguments.add_weights(parser).add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the weights: a run's best.pt or a published file",
+    )
+    arguments.add_output(parser)
+    arguments.add_tiles(parser)
+    arguments.add_device(parser)
+    return parser
+
+
+def parse_infer(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of tools/infer.py.
+
+    Exits with status 2 and one line on stderr for anything wrong, before anything is created.
+    """
+    parser = infer_parser()
+    options = parser.parse_args(argv)
+    _check_checkpoints(parser, options, [options.checkpoint])
+    return options
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The parser of tools/evaluate.py."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description="Measure checkpoints on every test set of a folder.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
+                        help="the weights: a run's best.pt or a published file")  # fmt: skip
+    arguments.add_weights(parser)
+    arguments.add_measuring(parser)
+    arguments.add_tiles(parser)
+    arguments.add_device(parser)
+    return parser
+
+
+def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of tools/evaluate.py.
+
+    Exits with status 2 and one line on stderr for anything wrong, before anything is created.
+    """
+    parser = evaluate_parser()
+    options = parser.parse_args(argv)
+    _check_checkpoints(parser, options, options.checkpoints)
+    if not options.base_dir.is_dir():
+        parser.error(f"--base_dir {options.base_dir}: there is no such folder")
+    if options.protocol == "published" and (options.tile or options.overlap or options.self_ensemble):
+        parser.error("--tile, --overlap and --self_ensemble: only with --protocol native")
     return options
 
 
@@ -116,6 +183,22 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, objec
     return {key: parsed[key] for key in values if key in known and values[key] is not None}
 
 
+def _check_checkpoints(parser: argparse.ArgumentParser, options: argparse.Namespace, files: Sequence[Path]) -> None:
+    """What says which weights, and in what tiles they are used."""
+    for file in files:
+        if not file.is_file():
+            parser.error(f"checkpoint {file}: there is no such file")
+    if options.vgg_weights:
+        _check_vgg_weights(parser, options)
+    if options.overlap and 2 * options.overlap > (options.tile or 0):
+        parser.error(f"--overlap {options.overlap}: needs a --tile of at least {2 * options.overlap}")
+
+
+def _check_vgg_weights(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.vgg_weights not in {"imagenet", "random"} and not Path(options.vgg_weights).is_file():
+        parser.error(f"--vgg_weights {options.vgg_weights}: neither 'imagenet', 'random' nor a file")
+
+
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Combinations that cannot work."""
     if options.crop_size % 16:
@@ -130,8 +213,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--name {options.name}: must be a plain folder name")
     if not options.demo and not options.base_dir.is_dir():
         parser.error(f"--base_dir {options.base_dir}: there is no such folder")
-    if options.vgg_weights not in {"imagenet", "random"} and not Path(options.vgg_weights).is_file():
-        parser.error(f"--vgg_weights {options.vgg_weights}: neither 'imagenet', 'random' nor a file")
+    _check_vgg_weights(parser, options)
     if options.compile == "graphs" and options.accumulate > 1:
         parser.error("--compile graphs: doesn't go with --accumulate; raise --batchSize instead")
     if options.compile != "off" and options.log_norms:

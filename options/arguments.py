@@ -15,6 +15,14 @@ def positive_int(text: str) -> int:
     return value
 
 
+def sixteens(text: str) -> int:
+    """argparse type: a positive multiple of 16."""
+    value = positive_int(text)
+    if value % 16:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
+    return value
+
+
 def natural_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
     value = int(text)
@@ -90,6 +98,10 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
                        help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
                             "auto: bf16 where the hardware multiplies it natively")  # fmt: skip
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed", "what computes, and what is kept in memory")
     group.add_argument("--compile", nargs="?", const="on", default="off", choices=("off", "on", "graphs"),
                        help="have torch.compile fuse the training step, which takes minutes at the start and a C++ "
                             "compiler; graphs: through CUDA graphs, too, for small batches")  # fmt: skip
@@ -99,10 +111,40 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
                        help="what computes the Mamba models' selective scan (default: the environment variable "
                             "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
-    group.add_argument("--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
-                       help="worker processes that make samples, 0 for none")  # fmt: skip
+    add_workers(group)
     group.add_argument("--cache_images", type=natural_float, default=0.0, metavar="GIB",
                        help="memory, for every process that trains, to keep decoded images in")  # fmt: skip
+
+
+def add_workers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
+                       help="worker processes that make samples, 0 for none")  # fmt: skip
+
+
+def add_weights(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What stands in for the things that a checkpoint says itself; the group, for what a program adds to it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--inet", metavar="MODEL",
+                       help="the network (default: what the checkpoint says or, where it says nothing, the one "
+                            "whose parameters it has)")  # fmt: skip
+    group.add_argument("--vgg_weights", metavar="imagenet|random|FILE",
+                       help="VGG19's weights, those of the training (default: what the checkpoint says, "
+                            "else imagenet)")  # fmt: skip
+    return group
+
+
+def add_tiles(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """How images are separated that are too large for the memory; the group, for what a program adds to it."""
+    group = parser.add_argument_group("separation")
+    group.add_argument("--tile", type=sixteens, metavar="PIXELS",
+                       help="larger photographs are separated in tiles of this side, a multiple of 16 "
+                            "(default: what half of the free memory is enough for, 1536 at most)")  # fmt: skip
+    group.add_argument("--overlap", type=sixteens, metavar="PIXELS",
+                       help="of neighbouring tiles, at most half a tile (default: a quarter of a tile)")  # fmt: skip
+    group.add_argument("--self_ensemble", action="store_true",
+                       help="separate every image in its eight flips and rotations and take the mean: a bit better, "
+                            "eight times as long")  # fmt: skip
+    return group
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -194,3 +236,34 @@ def add_records(parser: argparse.ArgumentParser) -> None:
                             "to images/")  # fmt: skip
     group.add_argument("--panels", type=natural_int, default=4, metavar="N",
                        help="images of each test set shown in TensorBoard every epoch")  # fmt: skip
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", type=Path, metavar="DIR",
+                       help="where NAME_t.png and the like go; below it, folders are as below the PATH "
+                            "(default: beside each photograph)")  # fmt: skip
+    group.add_argument("--save", nargs="+", choices=("t", "r", "residue", "sidebyside"), default=["t"],
+                       help="what to write: transmission, reflection, residue (grey is none) and these side by side, "
+                            "behind the photograph")  # fmt: skip
+    group.add_argument("--format", choices=("jpeg", "png", "webp", "tiff", "bmp", "heic"),
+                       help="of the files written (default: the photograph's); PNG and TIFF keep 16 bits")  # fmt: skip
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    existing.add_argument("--resume", action="store_true", help="write only what does not exist yet")
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--base_dir", type=Path, required=True, metavar="DIR",
+                       help="test/**/{blended,transmission_layer} below it are the test sets")  # fmt: skip
+    group.add_argument("--protocol", choices=("published", "native"), default="published",
+                       help="published: resized to multiples of 32, estimates not rounded; native: every pixel, "
+                            "estimates rounded to 8 bits, as tools/infer.py saves them")  # fmt: skip
+    group.add_argument("-o", "--output", type=Path, metavar="DIR",
+                       help="write evaluation.md, .csv, .json and per_image.csv there, over earlier ones")  # fmt: skip
+    group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
+                       help="use at most so many pairs of each set")  # fmt: skip
+    group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",
+                       help="images of equal size that are separated together")  # fmt: skip
+    add_workers(group)

@@ -32,9 +32,9 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, damaged, not an image or suspiciously huge; the message names it.
     """
-    with _opened(path) as image:
-        deep = _read_deep(path) if _is_deep(image) else None
-        return np.asarray(_to_rgb(image), np.float32) / 255 if deep is None else deep
+    with opened(path) as image:
+        deep = _read_deep(path) if is_deep(image) else None
+        return np.asarray(to_rgb(image), np.float32) / 255 if deep is None else deep
 
 
 def read_rgb(path: Path, least: int = 0) -> Image.Image:
@@ -48,12 +48,12 @@ def read_rgb(path: Path, least: int = 0) -> Image.Image:
     Raises:
         UserError: as `read_image`.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if least and image.format == "JPEG":
             scale = least / min(image.size)
             image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))
-        deep = _read_deep(path) if _is_deep(image) else None
-        return _to_rgb(image) if deep is None else Image.fromarray(_to_bytes(deep))
+        deep = _read_deep(path) if is_deep(image) else None
+        return to_rgb(image) if deep is None else Image.fromarray(_to_bytes(deep))
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
@@ -83,7 +83,7 @@ def check_image(path: Path) -> tuple[int, int]:
     Raises:
         UserError: as `read_image`; a truncated file included.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if not _ends_well(path, image.format):
             return ImageOps.exif_transpose(image).size
         # The base class's getexif: the PNG reader's own decodes the whole image to look for EXIF behind it.
@@ -92,7 +92,7 @@ def check_image(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """The file opened by PIL, whatever goes wrong within becoming a UserError that names the file."""
     try:
         with Image.open(path) as image:
@@ -121,7 +121,7 @@ def _ends_well(path: Path, kind: str | None) -> bool:
     return _ENDINGS[kind] in tail[-_END:] and b"eXIf" not in tail
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether an opened, not yet decoded image has more than 8 bits a channel."""
     return image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
 
@@ -134,7 +134,7 @@ def _read_deep(path: Path) -> np.ndarray | None:
     return np.divide(pixels[:, :, ::-1], np.iinfo(pixels.dtype).max, dtype=np.float32)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Decoded, upright and RGB."""
     if image.mode.startswith("I"):
         raise ValueError(f"pixels of kind {image.mode} are not supported")

@@ -6,11 +6,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import train_sirs
 from data import build_test_loaders, discover
 from data.folders import MIXTURE, TRANSMISSION
 from engine import Engine, Loaders
@@ -21,6 +19,7 @@ from tools.benchmarks import common
 from util.allocator import keep_freed_memory
 from util.distributed import join, wants_bf16
 from util.interrupt import Interrupt
+from util.repeatable import make_repeatable
 
 TEST_SET = "random"
 EVALUATION, FORWARDS = "evaluation", "forward passes"
@@ -90,7 +89,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
     world = join(training.gpu_ids)
     loaders = Loaders(None, None, build_test_loaders(training, discover(training)))
     keep_freed_memory()
-    train_sirs._make_repeatable(torch, training.seed)
+    make_repeatable(training.seed)
     model = build_model(training, wants_bf16(training.precision, world.device))
     return Engine(training, model, loaders, world, folder / "run"), loaders.tests[TEST_SET]
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_sirs
 from engine import parameter_groups
 from models.arch import create_model, list_models
 from models.arch.dsrnet import STRIDE
@@ -29,6 +28,7 @@ from models.vgg import Vgg19
 from options.arguments import natural_float, positive_int
 from tools.benchmarks import common
 from util.allocator import keep_freed_memory
+from util.repeatable import make_repeatable
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
@@ -213,7 +213,7 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
         raise SystemExit(f"error: --variants plain: has no Mamba layers, and {mamba[0]} has; leave one of them out")
     if options.plot:
         common.import_matplotlib()
-    train_sirs._make_repeatable(torch, seed=0)  # the settings of torch that a training runs under
+    make_repeatable(seed=0)  # the settings of torch that a training runs under
     if options.keep_freed_memory:
         keep_freed_memory()
     return device, variants

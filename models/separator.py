@@ -1,0 +1,236 @@
+"""A trained network, ready for photographs of any size: what the programs that only use networks load."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.arch import create_model, list_models
+from models.dsrnet_model_sirs import DSRNetModel
+from models.vgg import Vgg19
+from models.weights import architecture_of, load_weights
+from util import tiles
+from util.checkpoint import load
+from util.distributed import join, wants_bf16
+from util.errors import UserError
+from util.memory import available_memory
+
+PARTS = ("transmission", "reflection", "residue")
+
+# Memory that a forward pass takes for every pixel, in bytes: measured on a CPU in fp32 and rounded up, for the layers
+# whose width is the same in all networks and for each channel of the U-Net's first level.
+_BYTES_PER_PIXEL = 3000
+_BYTES_PER_PIXEL_AND_CHANNEL = 110
+_SHARE = 0.5  # of the free memory that is used
+_LEAST_TILE, _MOST_TILE = 128, 1536  # pixels; with larger ones, tensors grow beyond what 32 bits can count
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What an image is the sum of, float32 (H, W, 3) each, not clipped.
+
+    Attributes:
+        transmission, reflection: around 0..1.
+        residue: the rest, in -1..1.
+    """
+
+    transmission: np.ndarray
+    reflection: np.ndarray
+    residue: np.ndarray
+
+
+class Separator:
+    """Separates images of any size; larger ones than a tile in tiles that are blended (see `util.tiles`).
+
+    Args:
+        model: with the weights it is to use, on the device where it is to run.
+        tile: side of the tiles, a multiple of 16; None takes what the free memory is enough for.
+        overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes a quarter of a tile.
+        self_ensemble: separate in all eight flips and rotations and take the mean.
+
+    Attributes:
+        inet: the network's name, where `load_separator` has made this.
+        epoch: of the training, as the checkpoint says it, or None.
+
+    Raises:
+        UserError: tile or overlap are other than that.
+    """
+
+    def __init__(
+        self,
+        model: DSRNetModel,
+        tile: int | None = None,
+        overlap: int | None = None,
+        self_ensemble: bool = False,
+        inet: str = "",
+        epoch: int | None = None,
+    ):
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.tile = tile or default_tile(model, self.device)
+        self.overlap = overlap or max(tiles.ALIGNMENT, self.tile // 4 // tiles.ALIGNMENT * tiles.ALIGNMENT)
+        self.self_ensemble = self_ensemble
+        self.inet, self.epoch = inet, epoch
+        if self.tile % tiles.ALIGNMENT or self.overlap % tiles.ALIGNMENT or not 0 < 2 * self.overlap <= self.tile:
+            raise UserError(
+                f"--tile {self.tile} and --overlap {self.overlap}: must be multiples of {tiles.ALIGNMENT}, "
+                "the tile at least twice the overlap"
+            )
+
+    def separate(self, image: np.ndarray) -> Separation:
+        """Separate an image.
+
+        Args:
+            image: RGB (H, W, 3), uint8, uint16, or floating point in 0..1.
+
+        Raises:
+            ValueError: it isn't such an array.
+            UserError: the memory is not enough for a tile.
+        """
+        parts = [np.empty(image.shape, np.float32) for _ in PARTS]
+        for top, bands in self.bands(image):
+            for part, band in zip(parts, bands, strict=True):
+                part[top : top + len(band)] = band
+        return Separation(*parts)
+
+    def predict(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As `separate`, of (B, 3, H, W) in 0..1 on the CPU: transmissions, reflections and residues of that shape."""
+        separations = [self.separate(image.permute(1, 2, 0).numpy()) for image in images]
+        return tuple(
+            torch.from_numpy(np.stack([getattr(each, part) for each in separations])).permute(0, 3, 1, 2)
+            for part in PARTS
+        )
+
+    def bands(
+        self,
+        image: np.ndarray,
+        wanted: Sequence[str] = PARTS,
+        watch: Callable[[Iterable, int], Iterable] = lambda places, total: places,
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """As `separate`, band by band from top to bottom, so that no part is ever held as a whole.
+
+        Args:
+            image: as of `separate`.
+            wanted: of PARTS.
+            watch: as of `util.tiles.blend`, which also says what is yielded.
+        """
+        _check(image)
+        indices = [PARTS.index(part) for part in wanted]
+
+        def separate(tile: np.ndarray) -> list[np.ndarray]:
+            outputs = self._separate(_to_tensor(tile, self.device))
+            return [outputs[index][0].permute(1, 2, 0).cpu().numpy() for index in indices]
+
+        return tiles.blend(image, separate, self.tile, self.overlap, watch)
+
+    def _separate(self, image: Tensor) -> Sequence[Tensor]:
+        """(1, 3, H, W) to three of them."""
+        try:
+            if not self.self_ensemble:
+                return self.model.predict(image)
+            return _mean_of_eight(image, self.model.predict)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            height, width = image.shape[-2:]
+            raise UserError(
+                f"not enough memory to separate {width}x{height} pixels at once: "
+                f"use --tile {max(tiles.ALIGNMENT, max(height, width) // 2 // 16 * 16)} or less"
+            ) from error
+
+
+def load_separator(
+    checkpoint: str | Path,
+    inet: str | None = None,
+    vgg_weights: str | None = None,
+    precision: str = "auto",
+    gpu_ids: list[int] | None = None,
+    tile: int | None = None,
+    overlap: int | None = None,
+    self_ensemble: bool = False,
+) -> Separator:
+    """A checkpoint, published or own, ready for use; of one of ours the moving average where there is one.
+
+    Args:
+        checkpoint: the file.
+        inet: the network; None takes what the checkpoint says or, where it says nothing, the one whose parameters it
+            has.
+        vgg_weights: as of `models.vgg.Vgg19`; None takes those of the training, "imagenet" where nothing is said.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively.
+        gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
+        tile, overlap, self_ensemble: as of `Separator`.
+
+    Raises:
+        UserError: the checkpoint can't be read or doesn't fit, VGG19's weights can't be had, there is no such GPU.
+    """
+    content = load(checkpoint)
+    name = inet or architecture_of(content, str(checkpoint))
+    if name not in list_models():
+        raise UserError(f"--inet {name}: there is no such model ({checkpoint}); there are {', '.join(list_models())}")
+    network = create_model(name)
+    rest = load_weights(network, content, str(checkpoint))
+    vgg = Vgg19(vgg_weights or _recorded_vgg(rest, checkpoint))
+    device = join(gpu_ids).device
+    model = DSRNetModel(network, vgg, loss=None, bf16=wants_bf16(precision, device)).to(device)
+    epoch = rest.get("epoch")
+    return Separator(model, tile, overlap, self_ensemble, name, epoch if isinstance(epoch, int) else None)
+
+
+def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> Separation:
+    """Separate one image; for several, `load_separator` once.
+
+    Args:
+        image: RGB (H, W, 3), uint8, uint16, or floating point in 0..1.
+        checkpoint, settings: as of `load_separator`.
+    """
+    return load_separator(checkpoint, **settings).separate(image)
+
+
+def default_tile(model: DSRNetModel, device: torch.device) -> int:
+    """The side of a square that half of the device's free memory is enough for, within reason."""
+    width = model.network.head.in_channels
+    pixels = _SHARE * available_memory(device) / (_BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_CHANNEL * width)
+    side = int(math.sqrt(max(pixels, 0))) // tiles.ALIGNMENT * tiles.ALIGNMENT
+    return min(max(side, _LEAST_TILE), _MOST_TILE)
+
+
+def _recorded_vgg(rest: dict, checkpoint: str | Path) -> str:
+    """VGG19's weights that a checkpoint was trained with."""
+    options = rest.get("options")
+    recorded = options.get("vgg_weights", "imagenet") if isinstance(options, dict) else "imagenet"
+    if recorded not in {"imagenet", "random"} and not Path(recorded).is_file():
+        raise UserError(
+            f"{checkpoint}: was trained with VGG19's weights of {recorded}, which isn't here; "
+            "name the file with --vgg_weights"
+        )
+    return recorded
+
+
+def _check(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"an image must be (H, W, 3), not {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) and not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"an image must be uint8, uint16 or floating point, not {image.dtype}")
+
+
+def _to_tensor(image: np.ndarray, device: torch.device) -> Tensor:
+    """(H, W, 3) of any type to float32 (1, 3, H, W) in 0..1."""
+    peak = 1 if np.issubdtype(image.dtype, np.floating) else np.iinfo(image.dtype).max
+    pixels = np.divide(image, peak, dtype=np.float32, casting="same_kind")
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
+
+
+def _mean_of_eight(image: Tensor, predict: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """The mean over all flips and rotations of the image, each turned back."""
+    sums: list[Tensor] = []
+    for turns in range(4):
+        for flipped in (False, True):
+            turned = torch.rot90(image, turns, (2, 3))
+            outputs = predict(turned.flip(3) if flipped else turned)
+            upright = [torch.rot90(x.flip(3) if flipped else x, -turns, (2, 3)) for x in outputs]
+            sums = [total + x for total, x in zip(sums, upright, strict=True)] if sums else upright
+    return [total / 8 for total in sums]

@@ -1,0 +1,199 @@
+"""tools/evaluate.py: the numbers are those of a training's record, whatever writes them."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from options import parse_evaluate, parse_train
+from tools import evaluate, infer
+from train_sirs import train
+from util.errors import UserError
+from util.images import read_image
+from util.metrics import quality_assess
+from util.records import METRICS, PUBLISHED_SETS, read_metrics
+
+
+@pytest.fixture(scope="module")
+def small(tiny_data, tmp_path_factory) -> Path:
+    """Two test sets of two images, 52 x 40, and what a training needs."""
+    folder = tmp_path_factory.mktemp("dataset") / "small"
+    shutil.copytree(tiny_data, folder)
+    for path in folder.glob("test/*/*/*.png"):
+        if int(path.stem) > 1:
+            path.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory) -> Path:
+    """The folder of a run of one epoch with --if_align and a moving average."""
+    runs = tmp_path_factory.mktemp("runs")
+    line = "--gpu_ids -1 --crop_size 32 --vgg_weights random --epoch_size 2 --nThreads 0 --nEpochs 1 --ema 0.5 "
+    line += f"--if_align --panels 0 --eval_batch 2 --base_dir {small} --checkpoints_dir {runs} --name run"
+    assert train(parse_train(line.split())) == 0
+    return runs / "run"
+
+
+def run(small: Path, finished: Path, *more: object) -> int:
+    line = [finished / "last.pt", "--base_dir", small, "--gpu_ids", "-1", "--nThreads", "0", *more]
+    return evaluate.main([str(word) for word in line])
+
+
+@pytest.fixture(scope="module")
+def published(small, finished, tmp_path_factory) -> Path:
+    """The folder of results of the published protocol."""
+    folder = tmp_path_factory.mktemp("results") / "published"
+    assert run(small, finished, "-o", folder) == 0
+    return folder
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_published_protocol_is_what_the_training_recorded(finished, published):
+    measured = {(row["estimate"], row["set"]): row for row in rows_of(published / "evaluation.csv")}
+    lines = [line for line in read_metrics(finished) if line["set"] != "val" and line["epoch"] in (0, 1)]
+    assert len(lines) == len(measured) == 6, "two sets and the average, input and model"
+    for line in lines:
+        estimate = "input" if line["estimate"] == "input" else str(finished / "last.pt")
+        row = measured[estimate, line["set"]]
+        assert int(row["images"]) == line["count"]
+        for metric in METRICS:
+            assert float(row[metric]) == pytest.approx(line[metric], abs=1e-6)
+    assert measured[str(finished / "last.pt"), "average"]["inet"] == "dsrnet_s"
+    assert measured[str(finished / "last.pt"), "average"]["epoch"] == "1"
+
+
+def test_every_image_is_written(finished, published):
+    recorded = {(row["set"], row["name"]): row for row in rows_of(finished / "per_image/epoch_001.csv")}
+    images = rows_of(published / "per_image.csv")
+    assert len(images) == 4
+    for row in images:
+        for column in (*METRICS, *(f"input_{metric}" for metric in METRICS)):
+            assert float(row[column]) == pytest.approx(float(recorded[row["set"], row["name"]][column]), abs=2e-6)
+
+
+def test_results_in_words(published, finished):
+    text = (published / "evaluation.md").read_text()
+    whole = json.loads((published / "evaluation.json").read_text())
+    assert "WARNING: these are not the published test sets" in text and "demo_clip" in text
+    assert "real20_420 is missing" in text and "demo_clip, demo_screen are none of them" in text
+    assert whole["protocol"] == "published" and whole["warnings"][0] in text
+    first = next(line for line in whole["measured"] if line["estimate"] == "input" and line["set"] == "demo_clip")
+    assert re.search(rf"\| input \| {first['PSNR']:.2f} / {first['SSIM']:.3f} \|", text)
+    assert "| DSRNet | 24.23 / 0.820 | 26.28 / 0.914 |" in text and "Wild (55) | average (474)" in text
+    assert "28.76 / -" in text
+    assert whole["published"]["RDNet"]["average_published"] == [26.65, 0.917]
+    assert f"{finished / 'last.pt'} (dsrnet_s)" in text
+
+
+def test_native_protocol_measures_what_is_saved(small, finished, tmp_path, monkeypatch, capsys):
+    assert run(small, finished, "-o", tmp_path, "--protocol", "native", "--tile", "32", "--overlap", "16") == 0
+    assert "the published figures were measured by --protocol published" in capsys.readouterr().out
+    folder = small / "test/demo_clip"
+    arguments = [folder / "blended", "-o", tmp_path / "t", "--checkpoint", finished / "last.pt", "--gpu_ids", "-1"]
+    assert infer.main([str(word) for word in [*arguments, "--tile", "32", "--overlap", "16"]]) == 0
+    images = [row for row in rows_of(tmp_path / "per_image.csv") if row["set"] == "demo_clip"]
+    assert [row["name"] for row in images] == ["00", "01"]
+    for row in images:
+        made = np.asarray(Image.open(tmp_path / f"t/{row['name']}_t.png"), np.float64)
+        target = read_image(folder / f"transmission_layer/{row['name']}.png") * 255
+        for metric, value in quality_assess(made, target).items():
+            assert float(row[metric]) == pytest.approx(value, abs=1e-6)
+
+
+def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
+    class Distance(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+
+        def forward(self, a, b):
+            assert a.shape == b.shape and a.ndim == 4 and float(a.min()) >= -1 and float(b.max()) <= 1
+            return (a - b).abs().mean().reshape(1, 1, 1, 1)
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
+    assert run(small, finished, finished / "best.pt", "--max_dataset_size", "1", "-o", tmp_path) == 0
+    rows = rows_of(tmp_path / "evaluation.csv")
+    assert [row["estimate"] for row in rows[::3]] == ["input", *(str(finished / f"{n}.pt") for n in ("last", "best"))]
+    assert all(row["images"] == "1" for row in rows if row["set"] != "average")
+    assert all(float(row["LPIPS"]) > 0 for row in rows)
+    assert "LMSE / NCC / LPIPS" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_lpips_that_cannot_be_had_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    assert evaluate.load_lpips(torch.device("cpu")) == (None, "LPIPS is left out: the package lpips is not installed.")
+
+    def fail(**_):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=fail))
+    assert "weights can't be had (no network)" in evaluate.load_lpips(torch.device("cpu"))[1]
+
+
+def test_published_sets_are_told_from_others():
+    counts = {name: count for name, (_, count) in evaluate.PUBLISHED_SETS.items()}
+    assert evaluate.doubts(counts, "published") == evaluate.doubts(counts | {"Nature": 20}, "published") == []
+    assert "real20_420 has 19 images instead of 20" in evaluate.doubts(counts | {"real20_420": 19}, "published")[0]
+    assert "mine is none of them" in evaluate.doubts(counts | {"mine": 3}, "published")[0]
+    assert tuple(evaluate.PUBLISHED_SETS) == PUBLISHED_SETS
+
+
+def test_averages_count_images():
+    rows = {name: [{"PSNR": float(i)}] * count for i, (name, (_, count)) in enumerate(evaluate.PUBLISHED_SETS.items())}
+    lines = {line.set: line for line in evaluate.summarise("x", "", None, rows | {"Nature": [{"PSNR": 9.0}] * 20})}
+    assert lines["average_published"].count == 474 and lines["average"].count == 494
+    assert lines["average_published"].values["PSNR"] == pytest.approx((200 + 2 * 199 + 3 * 55) / 474)
+    assert "average_published" not in {
+        line.set for line in evaluate.summarise("x", "", None, {"Nature": rows["real20_420"]})
+    }
+
+
+def test_published_averages_follow_from_their_sets():
+    """Of those networks that this project rebuilds; to the rounding of the figures."""
+    counts = [count for _, count in evaluate.PUBLISHED_SETS.values()]
+    for name in ("DSRNet", "M2DSRNet", "MXDSRNet", "DSRNet-W"):
+        *sets, average = evaluate.PUBLISHED[name]
+        assert np.average([psnr for psnr, _ in sets], weights=counts) == pytest.approx(average[0], abs=0.011), name
+
+
+def test_what_cannot_be_measured(small, finished, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", finished) == 2
+    assert "there isn't a test set" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        line = evaluate.Line("x", "", None, "s", 1, {"PSNR": 1.0})
+        row = {"checkpoint": "x", "set": "s", "name": "1", "model": {"PSNR": 1.0}, "input": {"PSNR": 1.0}}
+        options = SimpleNamespace(output=tmp_path / "file", base_dir=small, protocol="native")
+        evaluate.write(options, [line], [row], [], "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nowhere.pt", "--base_dir", "."], "nowhere.pt"),
+        (["w.pt", "--base_dir", "nowhere"], "nowhere"),
+        (["w.pt"], "--base_dir"),
+        (["w.pt", "--base_dir", ".", "--protocol", "other"], "--protocol"),
+        (["w.pt", "--base_dir", ".", "--tile", "64"], "only with --protocol native"),
+    ],
+)
+def test_usage_errors(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("w.pt").touch()
+    with pytest.raises(SystemExit) as stop:
+        parse_evaluate(arguments)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]

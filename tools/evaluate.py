@@ -1,0 +1,308 @@
+"""Measure checkpoints on every test set of a folder, beside the untouched input and the published figures.
+
+    python tools/evaluate.py checkpoints/*/best.pt --base_dir dataset/reflection-removal -o results
+
+Two protocols. `published`: mixtures and targets resized to multiples of 32, estimates not rounded, as the published
+figures were measured and as a training with --if_align records. `native`: every pixel, estimates rounded to 8 bits, as
+tools/infer.py saves them.
+"""
+
+import csv
+import io
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from options import parse_evaluate
+from util.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    from models.separator import Separator
+    from util.evaluation import Separated
+
+# The published test sets: folder, name in the tables, images.
+PUBLISHED_SETS = {
+    "real20_420": ("Real20", 20),
+    "SolidObjectDataset": ("Objects", 200),
+    "PostcardDataset": ("Postcard", 199),
+    "WildSceneDataset": ("Wild", 55),
+}
+
+# PSNR and SSIM as their authors published them, for the sets in this order and for their average.
+PUBLISHED = {
+    "ERRNet": ((22.89, 0.803), (24.87, 0.896), (22.04, 0.876), (24.25, 0.853), (23.53, 0.879)),
+    "IBCLN": ((21.86, 0.762), (24.87, 0.893), (23.39, 0.875), (24.71, 0.886), (24.10, 0.879)),
+    "YTMT": ((23.26, 0.806), (24.87, 0.896), (22.91, 0.884), (25.48, 0.890), (24.05, 0.886)),
+    "RAGNet": ((22.95, 0.793), (26.15, 0.903), (23.67, 0.879), (25.53, 0.880), (24.90, 0.886)),
+    "DSRNet": ((24.23, 0.820), (26.28, 0.914), (24.56, 0.908), (25.68, 0.896), (25.40, 0.905)),
+    "M2DSRNet": ((23.24, 0.801), (26.83, 0.920), (24.00, 0.904), (26.23, 0.907), (25.42, 0.907)),
+    "MXDSRNet": ((23.01, 0.793), (26.33, 0.917), (24.06, 0.901), (24.96, 0.900), (25.07, 0.903)),
+    "DSRNet-W": ((23.58, 0.802), (26.76, 0.919), (25.01, 0.910), (26.36, 0.908), (25.84, 0.909)),
+    "MDSRNet-W": ((23.65, 0.814), (25.93, 0.914), (24.89, 0.914), (27.14, 0.914), (25.54, 0.910)),
+    "RDNet": ((25.58, 0.846), (26.78, 0.921), (26.33, 0.922), (27.70, 0.915), (26.65, 0.917)),
+    "WindowSeat": ((26.60, 0.864), (28.85, 0.938), (28.70, 0.933), (29.44, 0.936), (28.76, None)),
+}
+
+AVERAGE, AVERAGE_PUBLISHED = "average", "average_published"
+INPUT = "input"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The means of one estimate over one set, or over several, weighted by their numbers of images."""
+
+    estimate: str  # the checkpoint, or INPUT
+    inet: str
+    epoch: int | None
+    set: str
+    count: int
+    values: dict[str, float]
+
+    def plain(self) -> dict[str, object]:
+        """As it is written."""
+        head = {"estimate": self.estimate, "inet": self.inet, "epoch": self.epoch, "set": self.set}
+        return head | {"images": self.count} | self.values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit status: 2 for what has to be put right."""
+    options = parse_evaluate(argv)
+    try:
+        evaluate(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure, show and, with -o, write.
+
+    Raises:
+        UserError: there is no test set, a file can't be used, the results can't be written.
+    """
+    import data
+    from models.separator import load_separator
+    from util.repeatable import make_repeatable
+
+    make_repeatable(seed=0)
+    # All that discover and the loaders look at; `demo` keeps the former from telling what `doubts` tells.
+    chosen = Namespace(
+        **vars(options), demo=True, nEpochs=0, dataset="sirs_dataset", if_align=options.protocol == "published"
+    )
+    sets = data.discover(chosen)
+    counts = {name: len(pairs) for name, pairs in sets.tests.items()}
+    warnings = doubts(counts, options.protocol)
+    lines: list[Line] = []
+    rows: list[dict] = []
+    lpips = None
+    for checkpoint in options.checkpoints:
+        separator = load_separator(
+            checkpoint,
+            options.inet,
+            options.vgg_weights,
+            options.precision,
+            options.gpu_ids,
+            options.tile,
+            options.overlap,
+            options.self_ensemble,
+        )
+        if not lines:
+            lpips, missing = load_lpips(separator.device)
+            warnings += [missing] if missing else []
+        print(f"{checkpoint}: {separator.inet} on {separator.device}", flush=True)
+        measured = {
+            name: measure_set(separator, loader, name, options.protocol, lpips)
+            for name, loader in data.build_test_loaders(chosen, sets).items()
+        }
+        if not lines:
+            lines += summarise(INPUT, "", None, {n: [row["input"] for row in found] for n, found in measured.items()})
+        models = {name: [row["model"] for row in found] for name, found in measured.items()}
+        lines += summarise(str(checkpoint), separator.inet, separator.epoch, models)
+        rows += [{"checkpoint": str(checkpoint), "set": n, **row} for n, found in measured.items() for row in found]
+    text = as_markdown(lines, warnings, options)
+    print("\n" + text)
+    if options.output:
+        write(options, lines, rows, warnings, text)
+
+
+def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
+    """Why figures measured on sets of these names and sizes can't be held against the published ones."""
+    wrong = []
+    for name, (_, count) in PUBLISHED_SETS.items():
+        if name not in counts:
+            wrong.append(f"{name} is missing")
+        elif counts[name] != count:
+            wrong.append(f"{name} has {counts[name]} images instead of {count}")
+    others = sorted(set(counts) - set(PUBLISHED_SETS) - {"Nature"})
+    if others:
+        wrong.append(f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} none of them")
+    found = []
+    if wrong:
+        found.append(f"WARNING: these are not the published test sets ({'; '.join(wrong)}): don't compare the figures.")
+    if protocol == "native":
+        found.append("WARNING: the published figures were measured by --protocol published, these were not.")
+    return found
+
+
+def measure_set(
+    separator: "Separator",
+    loader: "DataLoader",
+    name: str,
+    protocol: str,
+    lpips: Callable[["Tensor", "Tensor"], float] | None,
+) -> list[dict]:
+    """The metrics of every image of a set and of its untouched input.
+
+    Returns:
+        By name: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from util.evaluation import measure, separate
+    from util.progress import track
+
+    native = protocol == "native"
+    predict = separator.predict if native else lambda image: separator.model.predict(image.to(separator.device))
+    jobs = []
+    with ThreadPoolExecutor(4) as pool:
+        for one in separate(track(loader, f"evaluating {name}", len(loader)), predict):
+            perceived = _perceive(one, native, lpips) if lpips else {"model": {}, "input": {}}
+            jobs.append((one.name, perceived, pool.submit(measure, one, rounded=native)))
+    rows = []
+    for image, perceived, job in jobs:
+        found = job.result()
+        rows.append({"name": image} | {kind: found[kind] | perceived[kind] for kind in ("model", "input")})
+    return sorted(rows, key=lambda row: row["name"])
+
+
+def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], float] | None, str]:
+    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (3, H, W) images in 0..1, or why it can't be had."""
+    try:
+        import lpips
+
+        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except ImportError:
+        return None, "LPIPS is left out: the package lpips is not installed."
+    except Exception as error:  # whatever fetching its weights runs into
+        return None, f"LPIPS is left out: its weights can't be had ({' '.join(str(error).split())})."
+
+    import torch
+
+    @torch.no_grad()
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(network(*(2 * x[None].to(device) - 1 for x in (a, b))))
+
+    return distance, ""
+
+
+def _perceive(one: "Separated", rounded: bool, lpips: Callable) -> dict[str, dict[str, float]]:
+    estimate = one.transmission.clamp(0, 1)
+    if rounded:
+        estimate = (estimate * 255 + 0.5).floor() / 255
+    return {
+        "model": {"LPIPS": lpips(estimate, one.target_t)},
+        "input": {"LPIPS": lpips(one.mixture, one.target_t)},
+    }
+
+
+def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
+    """A line for every set, one for all and, where the published sets are there, one for these."""
+    import numpy as np
+
+    def mean(names: Sequence[str]) -> tuple[int, dict[str, float]]:
+        rows = [row for name in names for row in measured[name]]
+        return len(rows), {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
+
+    groups = {name: [name] for name in measured} | {AVERAGE: list(measured)}
+    if all(name in measured for name in PUBLISHED_SETS):
+        groups[AVERAGE_PUBLISHED] = list(PUBLISHED_SETS)
+    return [Line(estimate, inet, epoch, title, *mean(names)) for title, names in groups.items()]
+
+
+def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespace) -> str:
+    """Tables of the measured figures and of the published ones."""
+    title = f"# {options.base_dir}, protocol {options.protocol}\n"
+    parts = [title, "\n".join(f"{line}\n" for line in warnings)] if warnings else [title]
+    titles = {line.set: f"{line.set} ({line.count})" for line in lines}
+    estimates = list(dict.fromkeys(line.estimate for line in lines))
+    metrics = list(lines[0].values)
+    found = {(line.estimate, line.set): line for line in lines}
+    for pair in [metrics[:2], metrics[2:]]:
+        rows = []
+        for estimate in estimates:
+            line = found[estimate, AVERAGE]
+            name = estimate + (f" ({line.inet})" if line.inet else "")
+            rows.append([name, *(_figures([found[estimate, title].values[m] for m in pair], pair) for title in titles)])
+        parts += [_table([" / ".join(pair), *titles.values()], rows)]
+    heads = [f"{name} ({count})" for name, count in PUBLISHED_SETS.values()]
+    heads.append(f"average ({sum(count for _, count in PUBLISHED_SETS.values())})")
+    published = [[name, *(_figures(values, metrics[:2]) for values in sets)] for name, sets in PUBLISHED.items()]
+    parts += ["Published, by their authors:\n", _table(["PSNR / SSIM", *heads], published)]
+    return "\n".join(parts)
+
+
+def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:
+    digits = {"PSNR": 2}
+    shown = zip(values, metrics, strict=True)
+    return " / ".join("-" if value is None else f"{value:.{digits.get(metric, 3)}f}" for value, metric in shown)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warnings: Sequence[str], text: str) -> None:
+    """The four files of -o.
+
+    Raises:
+        UserError: they can't be written.
+    """
+    plain = [line.plain() for line in lines]
+    metrics = list(lines[0].values)
+    images = [
+        {key: row[key] for key in ("checkpoint", "set", "name")}
+        | {metric: row["model"][metric] for metric in metrics}
+        | {f"input_{metric}": row["input"][metric] for metric in metrics}
+        for row in rows
+    ]
+    published = {
+        name: dict(zip((*PUBLISHED_SETS, AVERAGE_PUBLISHED), sets, strict=True)) for name, sets in PUBLISHED.items()
+    }
+    about = {"base_dir": str(options.base_dir), "protocol": options.protocol, "warnings": list(warnings)}
+    whole = json.dumps(about | {"measured": plain, "published": published}, indent=1) + "\n"
+    files = {"evaluation.md": text, "evaluation.csv": _csv(plain), "evaluation.json": whole}
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        for name, content in {**files, "per_image.csv": _csv(images)}.items():
+            temporary = options.output / f".{name}.tmp"
+            temporary.write_text(content, encoding="utf-8", newline="")
+            temporary.replace(options.output / name)
+    except OSError as error:
+        raise UserError(f"-o {options.output}: cannot be written: {error.strerror}") from error
+
+
+def _csv(rows: Sequence[dict]) -> str:
+    file = io.StringIO()
+    table = csv.DictWriter(file, rows[0])
+    table.writeheader()
+    table.writerows(rows)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
