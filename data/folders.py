@@ -104,9 +104,9 @@ def discover(options: Namespace) -> Sets:
     pairs: dict[str, list[Pair]] = {}
     training = options.nEpochs > 0
     if training:
-        photographs = _images(base / PHOTOGRAPHS)[:limit]
-        pairs = {name: _pairs(base / folder, problems)[:limit] for name, folder in PAIR_SETS.items()}
-    tests = {name: _pairs(folder, problems)[:limit] for name, folder in _test_folders(base / "test").items()}
+        photographs = find_images(base / PHOTOGRAPHS)[:limit]
+        pairs = {name: find_pairs(base / folder, problems)[:limit] for name, folder in PAIR_SETS.items()}
+    tests = {name: find_pairs(folder, problems)[:limit] for name, folder in find_test_sets(base / "test").items()}
     tests = {name: found for name, found in tests.items() if found}
     image_sizes = _check(photographs, [*pairs.values(), *tests.values()], problems)
     if problems:
@@ -133,7 +133,7 @@ def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, i
     return {"synthetic": len(photographs) // 2, **{name: len(found) for name, found in pairs.items()}}
 
 
-def _images(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> list[Path]:
     """Image files of a folder by name, none where there is no folder."""
     try:
         files = sorted(folder.iterdir(), key=lambda file: file.name)
@@ -144,11 +144,11 @@ def _images(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
 
 
-def _pairs(folder: Path, problems: list[str]) -> list[Pair]:
+def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
     """The pairs of a set by name; what has no partner goes to `problems`."""
     layers = {}
     for layer in LAYERS:
-        files = _images(folder / layer)
+        files = find_images(folder / layer)
         layers[layer] = {file.stem: file for file in files}
         for stem, count in Counter(file.stem for file in files).items():
             if count > 1:
@@ -167,7 +167,7 @@ def _pairs(folder: Path, problems: list[str]) -> list[Pair]:
     return complete
 
 
-def _test_folders(root: Path) -> dict[str, Path]:
+def find_test_sets(root: Path) -> dict[str, Path]:
     """Every folder below `root` (links followed) that has images in layers, by its name, or by its path below
     `root` where two share a name."""
     found, seen = [], set()

@@ -1,0 +1,397 @@
+"""Fetching, unpacking, converting and checking the data."""
+
+import hashlib
+import io
+import json
+import re
+import stat
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.folders import PHOTOGRAPHS
+from tools import prepare_data
+from tools.preparation import download
+from tools.preparation.check import REAL20
+from util.images import read_image, write_image
+
+
+def picture(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def put(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_image(path, image)
+    return path
+
+
+def errors(capsys) -> str:
+    """What was said on stderr, one line."""
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error:") and "\n" not in said
+    return said
+
+
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """Four photographs, a training pair, two test sets of two pairs."""
+    folder = tmp_path / "base"
+    for i in range(4):
+        put(folder / PHOTOGRAPHS / f"{i}.png", picture(i))
+    for place, names in (("train/real", ["a"]), ("test/real20_420", ["3", "4"]), ("test/mine", ["x", "y"])):
+        for name in names:
+            for layer in ("blended", "transmission_layer"):
+                seed = int.from_bytes(hashlib.sha256(f"{place}{name}{layer}".encode()).digest()[:4], "big")
+                put(folder / place / layer / f"{name}.png", picture(seed))
+    return folder
+
+
+def test_check_counts_and_is_content(base, capsys):
+    assert prepare_data.main(["check", str(base)]) == 0
+    told = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line for line in told.splitlines() if line}
+    assert re.search(r"photographs +training +4 +15287 +48x32 +0", rows["photographs"])
+    assert re.search(r"real20_420 +test +2 pairs +20 +48x32 +0", rows["real20_420"])
+    assert "0 pairs" in rows["nature"] and "none of 200 there" in told
+    assert "real20_420: 2 of 20 there" in told and f"missing: {' '.join(REAL20[2:])}" in told
+    assert "no test image is among" in told
+    assert prepare_data.main(["check", str(base), "--published"]) == 1, "it is not what was published"
+
+
+def test_check_accepts_the_published_names(base, capsys):
+    for i, name in enumerate(REAL20):
+        for layer in ("blended", "transmission_layer"):
+            put(base / "test/real20_420" / layer / f"{name}.png", picture(1000 + i + 100 * len(layer)))
+    assert prepare_data.main(["check", str(base)]) == 0
+    told = capsys.readouterr().out
+    assert "real20_420:" not in told
+
+
+def test_check_finds_test_images_among_the_trainings(base, capsys):
+    test = base / "test/mine/transmission_layer/x.png"
+    copy = base / PHOTOGRAPHS / "copy.bmp"
+    Image.open(test).save(copy)
+    mirrored = picture(5)
+    put(base / "test/mine/transmission_layer/y.png", mirrored)
+    put(base / PHOTOGRAPHS / "5.png", mirrored.reshape(48, 32, 3))  # the same bytes, but another picture
+    assert prepare_data.main(["check", str(base)]) == 1
+    told = capsys.readouterr().out
+    assert f"{copy}: the same picture as the test's {test}" in told and "trouble (1)" in told
+
+
+def test_check_finds_what_cannot_be_used(base, capsys):
+    (base / PHOTOGRAPHS / "broken.png").write_bytes(b"no image")
+    whole = (base / "test/mine/blended/x.png").read_bytes()
+    # The header and the end are right; only decoding shows it.
+    (base / "test/mine/blended/x.png").write_bytes(whole[:400] + bytes(len(whole) - 500) + whole[-100:])
+    put(base / "test/mine/blended/alone.png", picture(9))
+    put(base / "test/mine/blended/y.png", picture(9, 40, 48))
+    assert prepare_data.main(["check", str(base)]) == 1
+    told = capsys.readouterr().out
+    for part in ("broken.png", "blended/x.png", "alone.png: no image of that name", "48x32 pixels, but", "trouble (4)"):
+        assert part in told
+
+
+def test_check_of_nothing(tmp_path, capsys):
+    assert prepare_data.main(["check", str(tmp_path / "none")]) == 2
+    assert "none" in errors(capsys)
+
+
+# ---- unpack -----------------------------------------------------------------------------------------------------
+
+FILES = {"sirs/train/real/blended/1.png": b"one" * 1000, "sirs/test/readme.txt": b"", "sirs/test/ü ö/2.png": b"two"}
+
+
+def make_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("sirs/", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_tar(path: Path, files: dict[str, bytes], *others: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in others:
+            archive.addfile(info)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_zip, "a.zip"), (make_tar, "a.tar.gz")])
+def test_unpack_gives_what_is_in_it(make, name, tmp_path, capsys):
+    archive = make(tmp_path / name, FILES)
+    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out") == FILES
+    assert f"--base_dir {tmp_path / 'out/sirs'}\n" in capsys.readouterr().out
+    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 2, "nothing is overwritten"
+    assert "is there already" in errors(capsys)
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/tmp/evil_of_a_test", "..\\evil", "C:evil", "a/..", "./../evil"]
+)
+def test_unpack_lets_nothing_out(make, name, tmp_path, capsys):
+    archive = make(tmp_path / "archive", {"good": b"1", name: b"evil"})
+    before = contents(tmp_path)
+    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "deep/out")]) == 2
+    assert "name within a folder" in errors(capsys)
+    assert contents(tmp_path) == before and not Path("/tmp/evil_of_a_test").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_unpack_refuses_links_and_devices(kind, tmp_path, capsys):
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = kind, "/etc"
+    archive = make_tar(tmp_path / "a.tar.gz", {"good": b"1"}, link)
+    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 2
+    assert "'link' is a" in errors(capsys) and not (tmp_path / "out").exists()
+
+
+def test_unpack_refuses_a_zips_links(tmp_path, capsys):
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(info, "/etc")
+    assert prepare_data.main(["unpack", str(tmp_path / "a.zip"), str(tmp_path / "out")]) == 2
+    assert "'link' is a link" in errors(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_unpack_refuses_bombs(make, tmp_path, capsys, monkeypatch):
+    archive = make(tmp_path / "archive", {str(i): bytes(2_000_000) for i in range(3)})
+    assert archive.stat().st_size < 100_000
+    from tools.preparation.archive import unpack
+    from util.errors import UserError
+
+    with pytest.raises(UserError, match="--max_gb"):
+        unpack(archive, tmp_path / "out", 5_000_000)
+    assert not (tmp_path / "out").exists()
+    unpack(archive, tmp_path / "out", 6_000_000)
+    assert len(contents(tmp_path / "out")) == 3
+    capsys.readouterr()
+
+
+def test_unpack_tells_damage(tmp_path, capsys):
+    whole = make_zip(tmp_path / "a.zip", {"x": np.random.default_rng(0).bytes(5000)}).read_bytes()
+    (tmp_path / "bent.zip").write_bytes(whole[:2000] + b"\0\0\0\0" + whole[2004:])
+    (tmp_path / "short.zip").write_bytes(whole[:3000])
+    (tmp_path / "text.zip").write_text("no archive")
+    tar = make_tar(tmp_path / "a.tar.gz", {"x": np.random.default_rng(0).bytes(5000)}).read_bytes()
+    (tmp_path / "short.tar.gz").write_bytes(tar[:3000])
+    for name in ("bent.zip", "short.zip", "text.zip", "short.tar.gz", "none.zip"):
+        assert prepare_data.main(["unpack", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert name in errors(capsys)
+    assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
+
+
+# ---- voc and real20 ---------------------------------------------------------------------------------------------
+
+
+def test_voc_crops_the_middle(tmp_path, capsys):
+    y, x = np.indices((300, 401))
+    image = np.stack([x // 2, y // 2, 0 * x], -1).astype(np.uint8)
+    put(tmp_path / "JPEGImages/2007_1.png", image)
+    put(tmp_path / "JPEGImages/small.jpg", picture(0, 223, 300))
+    assert prepare_data.main(["voc", str(tmp_path / "JPEGImages"), "--base_dir", str(tmp_path / "base")]) == 0
+    told = capsys.readouterr().out
+    assert "1 files written, 0 were there" in told and "1 photographs have a side below 224" in told
+    (made,) = (tmp_path / "base" / PHOTOGRAPHS).iterdir()
+    assert made.name == "2007_1.png"
+    assert np.array_equal(np.asarray(Image.open(made)), image[38 : 38 + 224, 88 : 88 + 224])
+    stamp = made.stat().st_mtime_ns
+    assert prepare_data.main(["voc", str(tmp_path / "JPEGImages"), "--base_dir", str(tmp_path / "base")]) == 0
+    assert "0 files written, 1 were there" in capsys.readouterr().out and made.stat().st_mtime_ns == stamp
+
+
+def test_voc_names_what_it_cannot_read_and_converts_the_rest(tmp_path, capsys):
+    put(tmp_path / "in/good.png", picture(0, 224, 224))
+    (tmp_path / "in/bad.jpg").write_bytes(b"no image")
+    assert prepare_data.main(["voc", str(tmp_path / "in"), "--base_dir", str(tmp_path / "base")]) == 2
+    assert "bad.jpg" in errors(capsys)
+    assert [path.name for path in (tmp_path / "base" / PHOTOGRAPHS).iterdir()] == ["good.png"]
+    assert prepare_data.main(["voc", str(tmp_path / "none"), "--base_dir", str(tmp_path / "base")]) == 2
+    assert "none" in errors(capsys)
+
+
+def test_real20_has_a_short_side_of_420(tmp_path, capsys):
+    sizes = {"3": (840, 1001), "107": (500, 400)}  # height, width
+    for name, size in sizes.items():
+        put(tmp_path / f"in/blended/{name}.jpg", picture(1, *size))
+        put(tmp_path / f"in/transmission_layer/{name}.png", picture(2, *size))
+    assert prepare_data.main(["real20", str(tmp_path / "in"), "--base_dir", str(tmp_path / "base")]) == 0
+    for layer in ("blended", "transmission_layer"):
+        made = {path.name: Image.open(path).size for path in (tmp_path / "base/test/real20_420" / layer).iterdir()}
+        assert made == {"3.png": (500, 420), "107.png": (420, 525)}
+    expected = Image.fromarray(picture(2, 500, 400)).resize((420, 525), Image.Resampling.BICUBIC)
+    got = read_image(tmp_path / "base/test/real20_420/transmission_layer/107.png") * 255
+    assert np.abs(got - np.asarray(expected, np.float32)).max() < 0.5
+    (tmp_path / "in/blended/3.jpg").unlink()
+    capsys.readouterr()
+    assert prepare_data.main(["real20", str(tmp_path / "in"), "--base_dir", str(tmp_path / "other")]) == 2
+    assert "3.png" in errors(capsys) and not (tmp_path / "other").exists()
+
+
+# ---- download ---------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Serves one file with Range, and may break off.
+
+    Attributes:
+        content, tag: the file and its ETag.
+        breaks: of the next answers, after how many bytes each breaks off.
+        asked: the Range of every request.
+        ranges: whether Range is understood.
+    """
+
+    def __init__(self, content: bytes):
+        self.content, self.tag, self.ranges = content, '"1"', True
+        self.breaks: list[int] = []
+        self.asked: list[str | None] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/sirs.zip"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        wanted = request.headers.get("Range")
+        self.asked.append(wanted)
+        start = 0
+        if wanted and self.ranges and request.headers.get("If-Range") == self.tag:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        if start >= len(self.content):
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(self.content)}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        request.send_response(206 if start else 200)
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        request.send_header("Content-Length", str(len(self.content) - start))
+        request.send_header("ETag", self.tag)
+        request.end_headers()
+        part = self.content[start:]
+        request.wfile.write(part[: self.breaks.pop(0)] if self.breaks else part)
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "_PAUSE", 0)
+    server = Server(np.random.default_rng(0).bytes(3_500_000))
+    yield server
+    server.close()
+
+
+def fetch(server: Server, path: Path) -> int:
+    return prepare_data.main(["download", str(path), "--url", server.url])
+
+
+def check_fetched(server: Server, path: Path) -> None:
+    assert path.read_bytes() == server.content
+    digest = hashlib.sha256(server.content).hexdigest()
+    assert path.with_name("sirs.zip.sha256").read_text() == f"{digest}  sirs.zip\n"
+    assert {file.name for file in path.parent.iterdir()} == {"sirs.zip", "sirs.zip.sha256"}
+
+
+def test_download(server, tmp_path, capsys):
+    assert fetch(server, tmp_path / "new/sirs.zip") == 0
+    check_fetched(server, tmp_path / "new/sirs.zip")
+    assert hashlib.sha256(server.content).hexdigest() in capsys.readouterr().out
+    assert fetch(server, tmp_path / "new/sirs.zip") == 2 and len(server.asked) == 1
+    assert "is there already" in errors(capsys)
+
+
+def test_a_broken_off_transfer_goes_on_where_it_stopped(server, tmp_path, capsys):
+    server.breaks = [1_000_000, 500_000]
+    assert fetch(server, tmp_path / "sirs.zip") == 0
+    check_fetched(server, tmp_path / "sirs.zip")
+    assert server.asked == [None, "bytes=1000000-", "bytes=1500000-"]
+    assert "broke off after 1,000,000 of 3,500,000 bytes" in capsys.readouterr().out
+
+
+def leave_part(folder: Path, content: bytes, tag: str | None) -> None:
+    (folder / "sirs.zip.part").write_bytes(content)
+    (folder / "sirs.zip.part.json").write_text(json.dumps(tag))
+
+
+def test_an_earlier_part_is_used(server, tmp_path, capsys):
+    leave_part(tmp_path, server.content[:2_000_000], '"1"')
+    assert fetch(server, tmp_path / "sirs.zip") == 0
+    check_fetched(server, tmp_path / "sirs.zip")
+    assert server.asked == ["bytes=2000000-"]
+
+
+def test_a_part_that_is_all_of_it_is_used(server, tmp_path, capsys):
+    leave_part(tmp_path, server.content, '"1"')
+    assert fetch(server, tmp_path / "sirs.zip") == 0
+    check_fetched(server, tmp_path / "sirs.zip")
+
+
+@pytest.mark.parametrize("case", ["another version", "no ranges", "unknown version", "longer"])
+def test_a_part_of_something_else_is_not_used(case, server, tmp_path, capsys):
+    leave_part(tmp_path, bytes(1_000_000), None if case == "unknown version" else '"1"')
+    if case == "another version":
+        server.tag = '"2"'
+    elif case == "no ranges":
+        server.ranges = False
+    elif case == "longer":
+        leave_part(tmp_path, bytes(4_000_000), '"1"')
+    assert fetch(server, tmp_path / "sirs.zip") == 0
+    check_fetched(server, tmp_path / "sirs.zip")
+
+
+def test_what_breaks_again_and_again_is_given_up_and_its_part_kept(server, tmp_path, capsys):
+    server.breaks = [1_000_000, *[0] * 20]
+    assert fetch(server, tmp_path / "sirs.zip") == 2
+    assert "goes on where it stopped" in capsys.readouterr().err
+    assert (tmp_path / "sirs.zip.part").read_bytes() == server.content[:1_000_000]
+    server.breaks.clear()
+    assert fetch(server, tmp_path / "sirs.zip") == 0
+    check_fetched(server, tmp_path / "sirs.zip")
+
+
+def test_what_cannot_be_reached_is_one_line_with_ways_out(tmp_path, capsys):
+    server = Server(b"")
+    server.close()
+    assert fetch(server, tmp_path / "sirs.zip") == 2
+    said = errors(capsys)
+    assert server.url in said and str(tmp_path / "sirs.zip") in said and "--url" in said
+    assert prepare_data.main(["download", str(tmp_path / "x"), "--url", "file:///etc/passwd"]) == 2
+    assert "http" in errors(capsys)

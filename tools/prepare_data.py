@@ -1,0 +1,95 @@
+"""The data: fetch it, unpack it, bring stock data sets into shape, check what is there.
+
+    python tools/prepare_data.py download                          the authors' archive, as dataset/sirs.zip
+    python tools/prepare_data.py unpack dataset/sirs.zip dataset/reflection-removal
+    python tools/prepare_data.py check dataset/reflection-removal --published
+    python tools/prepare_data.py voc VOCdevkit/VOC2012/JPEGImages   stock Pascal VOC to train on
+    python tools/prepare_data.py real20 real20                     stock Real20 to test on
+
+A broken-off download goes on where it stopped, and so do voc and real20.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from options import PUBLISHED_DATA
+from options.arguments import positive_int
+from util.errors import UserError
+
+MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit status: 1 where `check` finds trouble, 2 for what the user can put right."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add = commands.add_parser("check", help="is everything there, whole and paired, and trained on no test image?")
+    add.add_argument("folder", type=Path, nargs="?", default=PUBLISHED_DATA, metavar="DIR",
+                     help=f"the data, as --base_dir of train_sirs.py (default: {PUBLISHED_DATA})")  # fmt: skip
+    add.add_argument("--published", action="store_true",
+                     help="trouble is also what differs from the published sets: other counts, other images, "
+                          "none")  # fmt: skip
+
+    add = commands.add_parser("unpack", help="a zip or tar archive, of which nothing can get out of the folder")
+    add.add_argument("archive", type=Path, metavar="ARCHIVE")
+    add.add_argument("folder", type=Path, metavar="DIR")
+    add.add_argument("--max_gb", type=positive_int, default=50, metavar="GB",
+                     help="refuse archives that hold more than so many gigabytes (default: 50)")  # fmt: skip
+
+    add = commands.add_parser("voc", help="photographs into centre crops of 224 x 224 pixels, as PNG")
+    add.add_argument("source", type=Path, metavar="DIR", help="folder of photographs, such as VOC2012/JPEGImages")
+    _add_base_dir(add)
+
+    add = commands.add_parser("real20", help="pairs into pairs whose short side is 420 pixels")
+    add.add_argument("source", type=Path, metavar="DIR", help="folder of blended and transmission_layer")
+    _add_base_dir(add)
+
+    add = commands.add_parser("download", help="the archive of all sets by DSRNet's authors")
+    add.add_argument("file", type=Path, nargs="?", default=Path("dataset/sirs.zip"), metavar="FILE",
+                     help="where it is put (default: dataset/sirs.zip)")  # fmt: skip
+    add.add_argument("--url", default=MIRROR, metavar="URL", help=f"another address (default: {MIRROR})")
+    return parser
+
+
+def _add_base_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base_dir", type=Path, default=PUBLISHED_DATA, metavar="DIR",
+                        help=f"the data that it joins (default: {PUBLISHED_DATA})")  # fmt: skip
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Each command imports what it needs: --help answers at once.
+    if options.command == "check":
+        from tools.preparation.check import check
+
+        return check(options.folder, options.published)
+    if options.command == "unpack":
+        from tools.preparation.archive import unpack
+
+        unpack(options.archive, options.folder, options.max_gb * 10**9)
+    elif options.command == "download":
+        from tools.preparation.download import download
+
+        download(options.url, options.file)
+    else:
+        from tools.preparation import photographs
+
+        {"voc": photographs.voc, "real20": photographs.real20}[options.command](options.source, options.base_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""All runs of a folder as a leaderboard.
+
+    python tools/summarize.py                                  the runs under checkpoints/
+    python tools/summarize.py runs --sort real20_420           by the PSNR on one set
+    python tools/summarize.py --markdown runs.md --csv runs.csv --json runs.json
+
+The figures of a run are those of the epoch that its held-out pairs picked ('val') or, where it has none, of its last
+epoch ('last'). The best epoch by the test sets stands in a column of its own: it flatters. PSNR is in dB.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from options import DEMO_RECIPE, train_parser
+from util.errors import UserError
+
+# Options that say where and how a run ran, not what was trained on what.
+_NO_RECIPE = {
+    "help", "name", "comment", "checkpoints_dir", "resume", "config", "list_models", "inet", "base_dir", "gpu_ids",
+    "nThreads", "cache_images", "nEpochs", "save_every", "save_steps", "log_every", "log_norms", "eval_batch",
+    "save_images", "panels", "checkpoint_activations", "compile", "scan_backend",
+}  # fmt: skip
+_SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "model")
+_TEXT_WIDTH = 44  # characters of a comment or a recipe on the terminal
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="summarize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), metavar="FOLDER",
+                        help="where the runs are, at any depth (default: checkpoints)")  # fmt: skip
+    parser.add_argument("--sort", default="average", metavar="KEY",
+                        help=f"what comes first: {', '.join(_SORTS)}, or a test set's name (default: average); names, "
+                             "hours and disk from the smallest, scores from the highest")  # fmt: skip
+    for kind in _WRITERS:
+        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the table as {kind}, too")
+    options = parser.parse_args(arguments)
+    try:
+        summarize(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def summarize(options: argparse.Namespace) -> None:
+    """Print the leaderboard and write the files.
+
+    Raises:
+        UserError: there are no runs, there is no such key to sort by, or a file can't be written.
+    """
+    from util.runs import find_runs, read_run
+
+    rows = [row(read_run(folder), options.folder) for folder in find_runs(options.folder)]
+    sets = test_sets(rows)
+    rows = in_order(rows, options.sort, sets)
+    print(terminal_table(rows, sets))
+    for note in notes(rows):
+        print(note)
+    for kind, write in _WRITERS.items():
+        if path := getattr(options, kind):
+            try:
+                path.write_text(write(rows, sets), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--{kind} {path}: cannot be written: {error.strerror}") from error
+
+
+def row(run, root: Path) -> dict:
+    """What the leaderboard says of a run, as plain values."""
+    epoch, by = run.picked
+    best = run.best_epoch("average")
+    return {
+        "name": run.folder.relative_to(root).as_posix() if run.folder != root else run.folder.resolve().name,
+        "model": run.model,
+        "comment": run.comment,
+        "recipe": recipe(run.options),
+        "status": "; ".join(run.problems) or ("finished" if run.is_finished else "unfinished"),
+        "epochs": run.epochs[-1] if run.epochs else 0,
+        "epochs_wanted": run.epochs_wanted,
+        "epoch": epoch,
+        "picked_by": by,
+        "average": _scores(run.line("average", epoch)),
+        "published": _scores(run.line("average_published", epoch)),
+        "sets": {
+            name: _scores(run.line(name, epoch))
+            for name in run.sets
+            if name != "val" and not name.startswith("average")
+        },
+        "val": _scores(run.line("val", epoch)),
+        "best_by_test": _scores(run.line("average", best)) | {"epoch": best},
+        "aligned": bool(run.options.get("if_align")),
+        "hours": run.hours,
+        "disk": run.disk,
+        "started": run.started,
+    }
+
+
+def recipe(options: dict[str, object]) -> str:
+    """What differs from the defaults, as it would be typed; a demo run is compared with the demo's."""
+    parser = train_parser()
+    changed = ["demo"] if options.get("demo") else []
+    for action in parser._actions:
+        key = action.dest
+        if key in _NO_RECIPE or key not in options:
+            continue
+        default = DEMO_RECIPE.get(key, action.default) if options.get("demo") else action.default
+        value = options[key]
+        if value != default:
+            changed.append(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else _short(value)}")
+    return ", ".join(changed)
+
+
+def test_sets(rows: list[dict]) -> list[str]:
+    """The test sets of all runs, the published ones first."""
+    from util.records import PUBLISHED_SETS
+
+    found = {name for entry in rows for name in entry["sets"]}
+    return [name for name in PUBLISHED_SETS if name in found] + sorted(found - set(PUBLISHED_SETS))
+
+
+def in_order(rows: list[dict], key: str, sets: list[str]) -> list[dict]:
+    """Sorted; what has no such value comes last.
+
+    Raises:
+        UserError: nothing has that name.
+    """
+    if key in ("name", "model", "hours", "disk"):
+        value, sign = (lambda entry: entry[key]), 1
+    elif key in _SORTS:
+        value, sign = (lambda entry: entry[key]["PSNR"]), -1
+    elif key in sets:
+        value, sign = (lambda entry: entry["sets"].get(key, _scores(None))["PSNR"]), -1
+    else:
+        raise UserError(f"--sort {key}: there is no such column; there are {', '.join([*_SORTS, *sets])}")
+    rows = sorted(rows, key=lambda entry: entry["name"])
+    there = [entry for entry in rows if value(entry) not in (None, "")]
+    there.sort(key=lambda entry: value(entry) if isinstance(value(entry), str) else sign * value(entry))
+    return there + [entry for entry in rows if value(entry) in (None, "")]
+
+
+def columns(sets: list[str], rows: list[dict]) -> dict[str, Callable[[dict], str]]:
+    """Titles of the table's columns, and what stands in them."""
+    published = any(entry["published"]["PSNR"] is not None for entry in rows)
+    return {
+        "run": lambda entry: entry["name"],
+        "model": lambda entry: entry["model"] or "?",
+        "epochs": lambda entry: f"{entry['epochs']}/{_or_dash(entry['epochs_wanted'])}",
+        "picked": lambda entry: f"{entry['epoch']} {entry['picked_by']}" if entry["picked_by"] else "-",
+        "average": lambda entry: _pair(entry["average"]),
+        **({"published average": lambda entry: _pair(entry["published"])} if published else {}),
+        **{name: lambda entry, name=name: _pair(entry["sets"].get(name, _scores(None))) for name in sets},
+        "best by test": lambda entry: _best(entry["best_by_test"]),
+        "hours": lambda entry: _or_dash(entry["hours"], ".1f"),
+        "GB": lambda entry: f"{entry['disk'] / 1e9:.2f}",
+        "state": lambda entry: entry["status"],
+        "comment": lambda entry: entry["comment"],
+        "recipe": lambda entry: entry["recipe"],
+    }
+
+
+def notes(rows: list[dict]) -> list[str]:
+    """What must be known to compare the rows."""
+    told = []
+    tested = [entry for entry in rows if entry["average"]["PSNR"] is not None]
+    images = {tuple(sorted((name, scores["count"]) for name, scores in entry["sets"].items())) for entry in tested}
+    if len(images) > 1:
+        told.append("The averages are not of the same images: compare the columns of single sets.")
+    if len({entry["aligned"] for entry in tested}) > 1:
+        told.append("Some runs resized their test images to multiples of 32 (--if_align), others did not.")
+    if tested:
+        told.append("'best by test' is the average of the epoch that the test sets themselves would pick: it flatters.")
+    return told
+
+
+def terminal_table(rows: list[dict], sets: list[str]) -> str:
+    """Aligned columns; long texts are cut, and control characters shown as '?'."""
+    cells = _cells(rows, sets, _for_terminal)
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown_table(rows: list[dict], sets: list[str]) -> str:
+    """A table of Markdown, with the notes below it."""
+    head, *lines = _cells(rows, sets, _for_markdown)
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + [""] + notes(rows)) + "\n"
+
+
+def csv_table(rows: list[dict], sets: list[str]) -> str:
+    """A line a run, every figure in a column of its own."""
+    text = io.StringIO()
+    plain = [_flat(entry, sets) for entry in rows]
+    table = csv.DictWriter(text, list(plain[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(plain)
+    return text.getvalue()
+
+
+def json_table(rows: list[dict], _: list[str]) -> str:
+    """A list of objects, in the table's order."""
+    return json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+_WRITERS = {"markdown": markdown_table, "csv": csv_table, "json": json_table}
+
+
+def _cells(rows: list[dict], sets: list[str], safe: Callable[[str], str]) -> list[list[str]]:
+    shown = columns(sets, rows)
+    return [[safe(title) for title in shown], *([safe(tell(entry)) for tell in shown.values()] for entry in rows)]
+
+
+def _flat(entry: dict, sets: list[str]) -> dict:
+    plain = {key: value for key, value in entry.items() if not isinstance(value, dict)}
+    groups = {"average": entry["average"], "published": entry["published"], "val": entry["val"]}
+    groups |= {name: entry["sets"].get(name, _scores(None)) for name in sets} | {"best_by_test": entry["best_by_test"]}
+    return plain | {f"{name}_{key}": value for name, scores in groups.items() for key, value in scores.items()}
+
+
+def _scores(line: dict | None) -> dict:
+    """PSNR, SSIM and number of images of a line; None for what is missing or not finite."""
+    line = line or {}
+    scores = {key: line.get(key) for key in ("PSNR", "SSIM")}
+    scores = {key: value if value is not None and math.isfinite(value) else None for key, value in scores.items()}
+    return scores | {"count": line.get("count")}
+
+
+def _pair(scores: dict) -> str:
+    return "-" if scores["PSNR"] is None else f"{scores['PSNR']:.2f} / {_or_dash(scores['SSIM'], '.3f')}"
+
+
+def _best(scores: dict) -> str:
+    return f"{_pair(scores)} ({scores['epoch']})" if scores["epoch"] is not None else "-"
+
+
+def _or_dash(value: float | None, form: str = "") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _for_terminal(text: str) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 3] + "..."
+
+
+def _for_markdown(text: str) -> str:
+    return "".join("\\" + c if c in "\\`*_[]|<>#&~" else c for c in " ".join(text.split()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Runs as they lie on disk, finished or not, whole or damaged: what the leaderboard and the report read."""
+
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from util.errors import UserError
+
+SCORES = ("PSNR", "SSIM")
+
+_MARKS = ("options.yaml", "metrics.jsonl", "last.pt", "best.pt")
+_EVENTS = "events.out.tfevents.*"
+_HEAD = re.compile(r"# .*, started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), torch ([^\s,]+), (.+)")
+_LINE = {"epoch": int, "step": int, "set": str, "estimate": str, "count": int, "PSNR": float, "SSIM": float}
+
+
+@dataclass
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        folder: where it lies.
+        options: of options.yaml, empty where there is none that can be read.
+        started, torch, machine: when its latest start was, with which torch, on what; empty if unknown.
+        lines: those of metrics.jsonl that are whole.
+        problems: what could not be read, in words.
+    """
+
+    folder: Path
+    options: dict[str, object] = field(default_factory=dict)
+    started: str = ""
+    torch: str = ""
+    machine: str = ""
+    lines: list[dict] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> str:
+        """Name of the network."""
+        return str(self.options.get("inet", ""))
+
+    @property
+    def comment(self) -> str:
+        """What the run is, in its owner's words."""
+        return str(self.options.get("comment") or "")
+
+    @property
+    def sets(self) -> list[str]:
+        """Sets that were evaluated, in the order of their first line; `val` and averages included."""
+        return list(dict.fromkeys(line["set"] for line in self.lines))
+
+    @property
+    def epochs(self) -> list[int]:
+        """Epochs whose evaluation is complete: they have an average, or the run has no test set at all."""
+        wanted = "average" if "average" in self.sets else "val"
+        return sorted({line["epoch"] for line in self._of(wanted)})
+
+    @property
+    def epochs_wanted(self) -> int | None:
+        """How many epochs the run was to have."""
+        wanted = self.options.get("nEpochs")
+        return wanted if isinstance(wanted, int) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done, the last one's evaluation included."""
+        return bool(self.epochs) and self.epochs_wanted is not None and self.epochs[-1] >= self.epochs_wanted
+
+    def line(self, name: str, epoch: int | None, estimate: str = "model") -> dict | None:
+        """The line of a set and epoch; that of the untouched input is of epoch 0."""
+        return next((line for line in self._of(name, estimate) if line["epoch"] == epoch), None)
+
+    def best_epoch(self, name: str) -> int | None:
+        """The first of the complete epochs with the highest PSNR on a set; None where there is none."""
+        lines = [line for line in self._of(name) if line["epoch"] in self.epochs and math.isfinite(line["PSNR"])]
+        return max(lines, key=lambda line: (line["PSNR"], -line["epoch"]))["epoch"] if lines else None
+
+    @property
+    def picked(self) -> tuple[int | None, str]:
+        """The epoch whose figures stand for the run, and what picked it.
+
+        `val`: the held-out pairs; `last`: a run without them is judged by its last epoch, which no test set picked;
+        an empty word: nothing has been evaluated.
+        """
+        best = self.best_epoch("val")
+        if best is not None:
+            return best, "val"
+        return (self.epochs[-1], "last") if self.epochs else (None, "")
+
+    @property
+    def hours(self) -> float | None:
+        """Between the first and the last point of every start's TensorBoard events, summed; None without events."""
+        spans = [span for path in self.folder.glob(_EVENTS) if (span := _span(path)) is not None]
+        return sum(spans) / 3600 if spans else None
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all files; a file with two names counts once."""
+        sizes = {}
+        for place, _, names in os.walk(self.folder):
+            for name in names:
+                try:
+                    found = (Path(place) / name).lstat()
+                except FileNotFoundError:  # a run that is going on has just renamed it
+                    continue
+                sizes[found.st_dev, found.st_ino] = found.st_size
+        return sum(sizes.values())
+
+    def _of(self, name: str, estimate: str = "model") -> Iterator[dict]:
+        return (line for line in self.lines if line["set"] == name and line["estimate"] == estimate)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds anything that a run leaves."""
+    return any((folder / mark).is_file() for mark in _MARKS) or next(folder.glob(_EVENTS), None) is not None
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The folders of all runs below (or at) a folder, by name.
+
+    Raises:
+        UserError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; name the one that holds the runs (--checkpoints_dir)")
+    found = []
+    for place, folders, _ in os.walk(folder):
+        if is_run(Path(place)):
+            found.append(Path(place))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    if not found:
+        raise UserError(f"{folder}: no run in it; train_sirs.py leaves one under --checkpoints_dir")
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder; what is damaged is listed in its `problems`."""
+    run = Run(folder)
+    _read_options(run)
+    _read_lines(run)
+    return run
+
+
+def _read_options(run: Run) -> None:
+    path = run.folder / "options.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        options = yaml.safe_load(text)
+    except FileNotFoundError:
+        run.problems.append("no options.yaml")
+        return
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        run.problems.append(f"options.yaml: {' '.join(str(error).split())}")
+        return
+    if not isinstance(options, dict):
+        run.problems.append("options.yaml: no lines of the form 'option: value'")
+        return
+    run.options = {str(key): value for key, value in options.items()}
+    if head := _HEAD.match(text):
+        run.started, run.torch, run.machine = head.groups()
+
+
+def _read_lines(run: Run) -> None:
+    from util.records import read_metrics  # imports torch
+
+    path = run.folder / "metrics.jsonl"
+    try:
+        lines = read_metrics(run.folder)
+        written = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+    except (OSError, UnicodeDecodeError) as error:
+        run.problems.append(f"metrics.jsonl: {' '.join(str(error).split())}")
+        return
+    run.lines = [line for line in lines if _is_whole(line)]
+    if written > len(run.lines):
+        run.problems.append(f"metrics.jsonl: {written - len(run.lines)} of {written} lines can't be read")
+    if not run.lines:
+        run.problems.append("nothing has been evaluated")
+
+
+def _is_whole(line: object) -> bool:
+    """Whether a line has all keys, each with a value of its kind."""
+    return isinstance(line, dict) and all(
+        isinstance(line.get(key), (int, float) if kind is float else kind) for key, kind in _LINE.items()
+    )
+
+
+def _span(path: Path) -> float | None:
+    """Seconds between the first and the last record of an events file, of which only the heads are read.
+
+    A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
+    and its time.
+    """
+    times = []
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            while len(head := file.read(21)) == 21:
+                length, _, tag, when = struct.unpack("<QIBd", head)
+                after = file.tell() - 9 + length + 4
+                if tag != 9 or not math.isfinite(when) or after > size:
+                    break
+                times.append(when)
+                file.seek(after)
+    except OSError:
+        return None
+    return times[-1] - times[0] if times else None
