@@ -23,6 +23,8 @@ _PHOTOGRAPH_SIZE = (224, 224)  # width, height
 _PAIR_SIZE = (192, 160)
 _TEST_SIZE = (180, 150)  # no multiples of 16, so that padding is exercised
 _PHOTOGRAPHS, _PAIRS, _TESTS = 40, 10, 6  # images of each set
+_EXAMPLE_SIZE = (384, 288)
+_EXAMPLES = 3
 
 _README = f"""Demo data, made from the photographs that come with scikit-image. Version 1.
 
@@ -61,6 +63,29 @@ def build_demo(folder: Path) -> None:
                     raise
     except OSError as error:
         raise UserError(f"{folder}: the demo set cannot be written: {error}") from error
+
+
+def write_examples(folder: Path) -> list[Path]:
+    """Write some larger mixtures, of the photographs that no demo set trains on; the same every time.
+
+    Args:
+        folder: where to; it must exist.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the folder cannot be written, or scikit-image lacks its photographs.
+    """
+    rng = np.random.Generator(np.random.PCG64(_SEED))
+    photographs = _load(TEST_PHOTOGRAPHS)
+    paths = []
+    for i in range(_EXAMPLES):
+        t, r = (_crop(photographs[(i + other) % len(photographs)], _EXAMPLE_SIZE, rng) for other in (0, 1))
+        mixture, _, _ = synthesize(t, r, Blend.draw(rng))
+        paths.append(folder / f"example_{i + 1}.jpg")
+        write_image(paths[-1], mixture)
+    return paths
 
 
 def _is_complete(folder: Path) -> bool:

@@ -1,0 +1,441 @@
+"""The page: its parts, and the whole in a browser. A stand-in separates, by mirroring the photograph."""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.demo import write_examples
+from tests.test_runner import executable
+from tools import app
+from util.errors import UserError
+from util.images import read_image, write_image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Makes this the module tools.infer.
+STAND_IN = """
+import sys, types
+from typing import NamedTuple
+import numpy as np
+from util.errors import UserError
+
+class Separation(NamedTuple):
+    transmission: np.ndarray
+    reflection: np.ndarray
+    residue: np.ndarray
+
+class Mirror:
+    def separate(self, array):
+        return Separation(array[:, ::-1], array - 0.5, np.zeros_like(array))
+
+def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gpu_ids=None, tile=None):
+    loaded.append((checkpoint.parent.name, precision, tile))
+    if "damaged" in str(checkpoint):
+        raise UserError("damaged/best.pt: not a checkpoint")
+    return Mirror()
+
+loaded = []
+sys.modules["tools.infer"] = infer = types.ModuleType("tools.infer")
+infer.load_separator, infer.loaded = load_separator, loaded
+"""
+
+
+@pytest.fixture
+def infer(monkeypatch) -> types.ModuleType:
+    monkeypatch.setitem(sys.modules, "tools.infer", None)  # so that what was there comes back
+    exec(STAND_IN, {})
+    return sys.modules["tools.infer"]
+
+
+@pytest.fixture
+def photograph(tmp_path) -> Path:
+    path = tmp_path / "photograph.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    write_image(path, pixels)
+    return path
+
+
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_help_imports_nothing_heavy():
+    done = python(
+        "import sys\nfrom tools import app\ntry: app.main(['--help'])\n"
+        "except SystemExit: assert not {'torch', 'gradio', 'numpy'} & set(sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--max_megapixels" in done.stdout
+
+
+def test_without_gradio_it_names_the_requirements():
+    done = python("import sys\nsys.modules['gradio'] = None\nfrom tools import app\nsys.exit(app.main([]))")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "pip install -r requirements-app.txt" in line
+    assert "gradio>=" in (ROOT / "requirements-app.txt").read_text()
+
+
+def test_it_is_this_machines_alone_by_default():
+    assert app.parse([]).host == "127.0.0.1"
+    with pytest.raises(SystemExit):
+        app.parse(["--tile", "100"])
+
+
+def test_checkpoints_are_found_the_newest_first_or_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no checkpoints/\*/best\.pt here"):
+        app.find_checkpoints(None)
+    for age, name in enumerate(("new", "older", "oldest")):
+        path = Path("checkpoints") / name / "best.pt"
+        executable(path, "")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    executable(tmp_path / "published.pt", "")
+    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest"]
+    given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt"]
+    assert app.find_checkpoints(given) == {"published.pt": given[0], "new": given[1]}
+    with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):
+        app.find_checkpoints([Path("absent.pt")])
+
+
+def test_two_checkpoints_of_one_name_can_be_told_apart(tmp_path):
+    paths = [tmp_path / folder / "checkpoints/run/best.pt" for folder in ("one", "other")]
+    for path in paths:
+        executable(path, "")
+    assert app.find_checkpoints(paths) == {str(path): path for path in paths}
+
+
+def test_the_checkpoint_used_last_stays_loaded(infer):
+    options = Namespace(inet=None, vgg_weights=None, precision="bf16", gpu_ids=None, tile=512)
+    separators = app.Separators({name: Path(name) / "best.pt" for name in ("a", "b")}, options)
+    for name in ("a", "a", "b", "a"):
+        separators.get(name)
+    assert infer.loaded == [("a", "bf16", 512), ("b", "bf16", 512), ("a", "bf16", 512)]
+
+
+def test_what_a_visit_leaves_goes_with_it(tmp_path):
+    visits = app.Visits(tmp_path / "results")
+    upload, shared = tmp_path / "upload", tmp_path / "shared"
+    for visit, path in (("a", upload), ("a", shared), ("b", shared)):
+        path.touch()
+        visits.uploaded(visit, path)
+    first, other = visits.results("a"), visits.results("b")
+    assert visits.results("a").is_dir() and not first.exists()  # the visit's newest results only
+    visits.end("a")
+    assert not upload.exists() and shared.exists() and other.is_dir()
+    assert [path.name for path in visits.folder.iterdir()] == ["b"]
+    visits.end_old(3600)
+    assert other.is_dir()
+    visits.end_old(-1)
+    visits.end("b")
+    assert not shared.exists() and not list(visits.folder.iterdir())
+
+
+def test_a_photograph_becomes_files(infer, photograph, tmp_path):
+    separator = infer.load_separator(tmp_path)
+    before, transmission, reflection, told = app.separate_file(separator, photograph, tmp_path)
+    assert told.startswith("60 × 40 pixels in ")
+    mixture = read_image(photograph)
+    assert np.array_equal(read_image(transmission), mixture[:, ::-1])
+    assert np.abs(read_image(reflection) - np.clip(mixture - 0.5, 0, 1)).max() <= 0.5 / 255 + 1e-6  # rounded to 8 bits
+    assert transmission.name == "photograph-transmission.png" and read_image(before).shape == mixture.shape
+
+
+@pytest.fixture
+def bad(photograph, tmp_path) -> dict[str, Path]:
+    """Files that are refused, by what is said."""
+    paths = {name: tmp_path / f"{name}.png" for name in ("text", "truncated", "huge", "heavy")}
+    paths["text"].write_text("no image")
+    paths["truncated"].write_bytes(photograph.read_bytes()[:2000])
+    Image.new("L", (1500, 1000)).save(paths["huge"])  # 1.5 megapixels, some kilobytes
+    paths["heavy"].write_bytes(bytes(1_100_000))
+    return {
+        "text.png: not an image, or damaged": paths["text"],
+        "truncated.png: cannot be read": paths["truncated"],
+        "huge.png: more than 1,000,000 pixels; scale it down": paths["huge"],
+        "exceed the maximum allowed size of 1.0 Mb": paths["heavy"],
+    }
+
+
+def test_what_is_wrong_with_a_photograph_is_told_under_its_name(infer, bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+    for told, path in list(bad.items())[:3]:
+        with pytest.raises(UserError) as error:
+            app.separate_file(infer.load_separator(tmp_path), path, tmp_path)
+        assert str(error.value).startswith(told)
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):
+            app.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="--port 70000"):
+        app.listen("127.0.0.1", 70000)
+
+
+def test_examples_are_the_same_every_time(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    first, second = (write_examples(tmp_path / name) for name in ("one", "other"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+# In a browser.
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+
+
+class Server:
+    """The program, in a folder with some checkpoints."""
+
+    def __init__(self, folder: Path):
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
+        for age, name in enumerate(("first", "second", "damaged")):
+            path = folder / "checkpoints" / name / "best.pt"
+            executable(path, "")
+            os.utime(path, (1e9 - age, 1e9 - age))
+        code = f"{STAND_IN}\nfrom tools import app\nsys.exit(app.main(sys.argv[1:]))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "--port", "0", "--max_megabytes", "1", "--max_megapixels", "1"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if line.startswith("Open "):
+                self.url = line.split()[1]
+                return
+        raise AssertionError("".join(lines))
+
+    def files(self) -> set[str]:
+        """Names of all photographs that it has."""
+        kinds = {".png", ".jpg"}
+        names = {path.name for path in self.temporary.rglob("*") if path.suffix in kinds}
+        return {name for name in names if not name.startswith("example_")}
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(30)
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("needs requirements-app.txt")
+    server = Server(tmp_path_factory.mktemp("served"))
+    yield server
+    if server.process.poll() is None:
+        server.stop()
+
+
+class Page:
+    """The page in a browser."""
+
+    def __init__(self, driver, url: str, downloads: Path):
+        self.driver = driver
+        self.url = url
+        self.downloads = downloads
+
+    def open(self) -> None:
+        self.driver.get(self.url)
+        self.until(lambda: self.find("#photograph input[type=file]"), "the page")
+
+    def find(self, selector: str) -> list:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self) -> str:
+        return self.driver.find_element("css selector", "body").text
+
+    def until(self, happened, what: str):
+        """Wait, and return what `happened` returns when it is true."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            try:
+                if result := happened():
+                    return result
+            except StaleElementReferenceException:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"{what} did not come; the page says: {self.text()}")
+
+    def upload(self, path: Path) -> None:
+        self.find("#photograph input[type=file]")[0].send_keys(str(path))
+
+    def uploaded(self) -> None:
+        self.until(lambda: self.find("#photograph img"), "the photograph")
+
+    def separate(self) -> None:
+        self.find("#separate")[0].click()
+
+    def separated(self) -> list[str]:
+        """The addresses of before and after."""
+        return self.until(
+            lambda: (
+                [image.get_attribute("src") for image in self.find("#slider img")][:2]
+                if "pixels in" in self.text()
+                else None
+            ),
+            "the result",
+        )
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory) -> Iterator[Page]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
+    downloads = tmp_path_factory.mktemp("downloads")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1280,1300",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield Page(driver, server.url, downloads)
+    driver.quit()
+
+
+def test_an_upload_is_separated_and_downloaded(page, photograph):
+    page.open()
+    page.upload(photograph)
+    page.uploaded()
+    page.separate()
+    before, after = page.separated()
+    assert before.endswith(".jpg") and after.endswith("photograph-transmission.png")
+    assert "60 × 40 pixels in " in page.text()
+    assert page.find("#reflection img")[0].get_attribute("src").endswith("photograph-reflection.png")
+    page.find("#download-transmission")[0].click()
+    file = page.downloads / "photograph-transmission.png"
+    page.until(file.is_file, "the download")
+    assert np.array_equal(read_image(file), read_image(photograph)[:, ::-1])
+    # Everything that was loaded came from here.
+    loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert loaded and all(address.startswith((page.url, "data:", "blob:")) for address in loaded)
+
+
+def test_an_example_is_separated(page):
+    page.open()
+    page.until(lambda: page.find(".gallery-item"), "the examples")[0].click()
+    page.uploaded()
+    page.separate()
+    assert page.separated()[1].endswith("example_1-transmission.png")
+
+
+def test_what_is_wrong_is_told_on_the_page(page, bad):
+    page.open()
+    page.separate()
+    page.until(lambda: "Drop a photograph first." in page.text(), "the error")
+    for told, path in bad.items():
+        page.open()
+        page.upload(path)
+        if told != "exceed the maximum allowed size of 1.0 Mb":  # is refused before it is sent
+            page.uploaded()
+            page.separate()
+        page.until(lambda told=told: told in page.text(), told)
+
+
+def test_another_checkpoint_and_one_that_is_damaged(page, photograph):
+    page.open()
+    page.upload(photograph)
+    page.uploaded()
+    for name in ("second", "damaged"):
+        field = page.find("input[aria-label=Checkpoint]")[0]
+        field.click()
+        choices = page.until(lambda: page.find("[role=option]"), "the choices")
+        assert [choice.text.strip("✓ \n") for choice in choices] == ["first", "second", "damaged"]
+        next(choice for choice in choices if name in choice.text).click()
+        page.separate()
+        page.separated()
+    page.until(lambda: "damaged/best.pt: not a checkpoint" in page.text(), "the error")
+
+
+def test_no_file_outlives_its_page(page, server, photograph):
+    page.open()
+    page.upload(photograph)
+    page.uploaded()
+    page.separate()
+    page.separated()
+    assert {"photograph.png", "photograph.jpg", "photograph-transmission.png"} <= server.files()
+    page.driver.get("about:blank")
+    page.until(lambda: not server.files(), "the end of " + ", ".join(server.files()))
+
+
+def test_it_fetches_nothing_from_elsewhere(server):
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{server.url}/gradio_api/file=http://127.0.0.1:9/")
+    with urllib.request.urlopen(server.url) as answer:
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")
+        assert b'"analytics_enabled":false' in answer.read().replace(b" ", b"")
+
+
+def test_sigterm_leaves_nothing(server):
+    """The last one: it ends the server."""
+    assert server.stop() == 0
+    assert not list(server.temporary.iterdir())
+    assert not list((ROOT / "tools").glob("*.pyi"))  # Gradio writes one beside classes that are made of its own
+
+
+# The continuous integration's browser.
+
+
+@pytest.mark.parametrize("effect", ["true", "exit 100"])
+def test_ci_gets_a_browser_or_goes_on_without(tmp_path, effect):
+    for name in (".ci/run", "tools/environment.sh"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    executable(tmp_path / "tests/run.sh", '#!/bin/sh\necho "tests: $*"\n')
+    for tool in ("bash", "sh", "dirname", "env"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    executable(tmp_path / "bin/id", "#!/bin/sh\necho 0\n")
+    executable(tmp_path / "bin/apt-get", f'#!/bin/sh\necho "$*" >>"{tmp_path}/log"\n{effect}\n')
+
+    def run() -> str:
+        done = subprocess.run(
+            [tmp_path / ".ci/run", "-k", "x"], env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stderr == ""
+        return done.stdout
+
+    assert run() == "Running ./tests/run.sh\ntests: -k x\n"
+    log = (tmp_path / "log").read_text()
+    assert "update" in log and ("chromium chromium-driver" in log) == (effect == "true")
+    for name in ("chromium", "chromedriver"):
+        executable(tmp_path / "bin" / name, "#!/bin/sh\n")
+    run()
+    assert (tmp_path / "log").read_text() == log  # asked for nothing more

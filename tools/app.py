@@ -1,0 +1,385 @@
+"""A page for people: drop a photograph, get it without its reflection.
+
+    python tools/app.py                                            every checkpoints/*/best.pt, the newest first
+    python tools/app.py --checkpoint dsrnet_l.pt mdsrnet_l.pt      these
+    python tools/app.py --checkpoint published.pt --inet dsrnet_l --vgg_weights vgg19.pth
+
+Then open http://127.0.0.1:7860. Needs requirements-app.txt. Nobody but this machine sees the page, unless --host says
+otherwise, and it calls nobody. Photographs and results are deleted when their page is closed, at the latest an hour
+after they were made or when this program ends.
+"""
+
+import argparse
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from options.arguments import gpu_list, positive_int
+from util.errors import UserError
+
+CHECKPOINTS = "checkpoints/*/best.pt"
+
+# Read by Gradio and by what it uses when they are imported.
+_ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+# What the browser may load: nothing from elsewhere.
+_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+_KEPT, _LOOK = 3600, 600  # seconds that files are kept for at most, and between looks for older ones
+_HEIGHT = 360  # of the photograph and the reflection on the page
+_CSS = "#separate { max-width: 24em } footer { display: none !important }"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options; imports neither torch nor Gradio."""
+    parser = argparse.ArgumentParser(
+        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
+                        help=f"to choose from (default: {CHECKPOINTS})")  # fmt: skip
+    parser.add_argument("--inet", metavar="MODEL", help="the checkpoints' network (default: what they say themselves)")
+    parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE",
+                        help="VGG19's weights (default: what the checkpoint was trained with)")  # fmt: skip
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto",
+                        help="auto: bf16 where the hardware multiplies it natively (default: auto)")  # fmt: skip
+    parser.add_argument("--gpu_ids", type=gpu_list, metavar="ID",
+                        help="index of the GPU, -1 for the CPU (default: a GPU if there is one)")  # fmt: skip
+    parser.add_argument("--tile", type=positive_int, metavar="PIXELS",
+                        help="side of the tiles that larger photographs are separated in, a multiple of 16; "
+                             "small ones need less memory")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen at; 0.0.0.0: all see the page (default: 127.0.0.1)")  # fmt: skip
+    parser.add_argument("--port", type=int, default=7860, help="0: one that is free (default: 7860)")
+    parser.add_argument("--max_megabytes", type=positive_int, default=30, metavar="N",
+                        help="larger files are refused (default: 30)")  # fmt: skip
+    parser.add_argument("--max_megapixels", type=positive_int, default=24, metavar="N",
+                        help="larger photographs are refused (default: 24)")  # fmt: skip
+    parser.add_argument("--queue", type=positive_int, default=20, metavar="N",
+                        help="photographs that may wait; they are separated one at a time (default: 20)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.tile and options.tile % 16:
+        parser.error(f"--tile {options.tile}: must be a multiple of 16")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        serve(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped", file=sys.stderr)
+    return 0
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Show the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        UserError: Gradio is missing, there is no checkpoint or the first can't be loaded, or the port is taken.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the files are deleted
+    os.environ.update(_ENVIRONMENT)
+    with tempfile.TemporaryDirectory(prefix="sirr-app-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            import gradio  # noqa: F401
+            import uvicorn
+        except ImportError as error:
+            raise UserError(f"the page needs Gradio ({error}); do: pip install -r requirements-app.txt") from error
+        from PIL import Image
+
+        # Twice this many pixels are what PIL refuses to decode; above the half of that it warns.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = options.max_megapixels * 10**6 // 2
+        separators = Separators(find_checkpoints(options.checkpoint), options)
+        door = listen(options.host, options.port)
+        print(f"Loading {separators.names[0]}", file=sys.stderr)
+        separators.get(separators.names[0])
+        app = build_app(separators, Path(folder), options)
+        host, port = door.getsockname()[:2]
+        print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", file=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run(sockets=[door])
+
+
+def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
+    """Checkpoints by the names that the page shows.
+
+    Args:
+        given: files, or None for all that runs have left under the current folder, the newest first.
+
+    Raises:
+        UserError: a file is missing, or there are none.
+    """
+    found = given or sorted(Path().glob(CHECKPOINTS), key=lambda path: path.stat().st_mtime, reverse=True)
+    if not found:
+        raise UserError(
+            f"no checkpoint: there is no {CHECKPOINTS} here; name a file with --checkpoint, or train one: "
+            './runner.sh cpu dsrnet_s "first run"'
+        )
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"--checkpoint {path}: there is no such file")
+    names = [path.parent.name if path.match(CHECKPOINTS) else str(path) for path in found]
+    return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, found, strict=True)}
+
+
+class Separators:
+    """Checkpoints, of which the one used last stays loaded.
+
+    Args:
+        checkpoints: files by name.
+        options: the options of `tools.infer.load_separator`.
+    """
+
+    def __init__(self, checkpoints: dict[str, Path], options: argparse.Namespace):
+        self.names = list(checkpoints)
+        self._checkpoints = checkpoints
+        self._options = {
+            name: getattr(options, name) for name in ("inet", "vgg_weights", "precision", "gpu_ids", "tile")
+        }
+        self._loaded = (None, None)
+
+    def get(self, name: str):
+        """What `load_separator` makes of a checkpoint.
+
+        Raises:
+            UserError: it can't be loaded.
+        """
+        from tools.infer import load_separator
+
+        if self._loaded[0] != name:
+            self._loaded = (None, None)  # frees the memory for the next
+            self._loaded = (name, load_separator(self._checkpoints[name], **self._options))
+        return self._loaded[1]
+
+
+class Visits:
+    """The files that an open page leaves here, each visit's apart, so that they can go with it.
+
+    Args:
+        folder: for results; made if missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._uploads: dict[str, set[Path]] = {}
+        folder.mkdir(exist_ok=True)
+
+    def uploaded(self, visit: str, path: Path) -> None:
+        """Note an upload. The same photograph uploaded twice is one file."""
+        self._uploads.setdefault(visit, set()).add(path)
+
+    def results(self, visit: str) -> Path:
+        """A new, empty folder; the visit's earlier one is deleted."""
+        shutil.rmtree(self.folder / visit, ignore_errors=True)
+        folder = self.folder / visit / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        return folder
+
+    def end(self, visit: str) -> None:
+        """Delete what this visit left."""
+        shutil.rmtree(self.folder / visit, ignore_errors=True)
+        for path in self._uploads.pop(visit, set()).difference(*self._uploads.values()):
+            path.unlink(missing_ok=True)
+
+    def end_old(self, age: float) -> None:
+        """Delete the results of visits that are older than this many seconds."""
+        for folder in self.folder.iterdir():
+            if time.time() - folder.stat().st_mtime > age:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def separate_file(separator, path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
+    """Separate a photograph into files.
+
+    Args:
+        separator: of `Separators`.
+        path: the photograph.
+        folder: where the results go.
+
+    Returns:
+        The photograph as it was read, its transmission, its reflection, and a line about them.
+
+    Raises:
+        UserError: the file is not an image, damaged, or too large.
+    """
+    from util.images import read_image, write_image
+
+    try:
+        mixture = read_image(path)
+    except UserError as error:
+        raise UserError(f"{path.name}: {str(error).removeprefix(f'{path}: ')}") from error
+    start = time.perf_counter()
+    separation = separator.separate(mixture)
+    seconds = time.perf_counter() - start
+    before = folder / f"{path.stem}.jpg"
+    transmission, reflection = (folder / f"{path.stem}-{layer}.png" for layer in ("transmission", "reflection"))
+    write_image(before, mixture)
+    write_image(transmission, separation.transmission)
+    write_image(reflection, separation.reflection)
+    height, width = mixture.shape[:2]
+    return before, transmission, reflection, f"{width} × {height} pixels in {seconds:.2f} s"
+
+
+def build_app(separators: Separators, folder: Path, options: argparse.Namespace) -> Callable:
+    """The page as an ASGI application.
+
+    Args:
+        separators: the checkpoints to choose from.
+        folder: Gradio's for temporary files, the environment variable GRADIO_TEMP_DIR's.
+        options: of the page: max_megabytes, max_megapixels, queue.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+
+    visits = Visits(folder / "results")
+    gr.set_static_paths([visits.folder])  # served from there, not copied to where `visits` doesn't know
+    page = _build_page(separators, visits, folder, options)
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        show_error=False,
+        max_file_size=options.max_megabytes * 2**20,
+        css=_CSS,
+    )
+    return _alone(app)
+
+
+def _build_page(separators: Separators, visits: Visits, folder: Path, options: argparse.Namespace):
+    """What is seen, and what happens when."""
+    import gradio as gr
+
+    from data.demo import write_examples
+
+    def run(path: str | None, name: str, request: gr.Request):
+        if path is None:
+            raise gr.Error("Drop a photograph first.", duration=None, print_exception=False)
+        visits.end_old(_KEPT)
+        try:
+            separator = separators.get(name)
+            before, transmission, reflection, told = separate_file(
+                separator, Path(path), visits.results(request.session_hash)
+            )
+        except UserError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        buttons = (gr.DownloadButton(value=file, interactive=True) for file in (transmission, reflection))
+        return (before, transmission), reflection, told, *buttons
+
+    def uploaded(path: str | None, request: gr.Request) -> None:
+        if path:
+            visits.uploaded(request.session_hash, Path(path))
+
+    def closed(request: gr.Request) -> None:
+        visits.end(request.session_hash)
+
+    with gr.Blocks(title="Reflection removal", analytics_enabled=False, delete_cache=(_LOOK, _KEPT)) as page:
+        gr.Markdown(
+            "# Reflection removal\nDrop a photograph that was taken through glass, of up to "
+            f"{options.max_megabytes} megabytes and {options.max_megapixels} megapixels."
+        )
+        with gr.Row():
+            with gr.Column():
+                photograph = gr.Image(
+                    label="Photograph",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=_HEIGHT,
+                    elem_id="photograph",
+                )
+                # It arrives as a file that Gradio hasn't opened: nothing but util.images does, and says what is wrong.
+                photograph.preprocess = lambda payload: payload and payload.path
+                name = gr.Dropdown(separators.names, value=separators.names[0], label="Checkpoint")
+                button = gr.Button("Remove the reflection", variant="primary", elem_id="separate")
+                examples = [str(path) for path in write_examples(folder)]
+                gr.Examples(examples, photograph, label="Examples", cache_examples=False)
+            with gr.Column():
+                slider = gr.ImageSlider(
+                    label="Before and after",
+                    type="filepath",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="slider",
+                )
+                told = gr.Markdown(elem_id="told")
+                with gr.Row():
+                    downloads = [
+                        gr.DownloadButton(f"Download the {layer}", interactive=False, elem_id=f"download-{layer}")
+                        for layer in ("transmission", "reflection")
+                    ]
+                reflection = gr.Image(
+                    label="Reflection",
+                    type="filepath",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    height=_HEIGHT,
+                    elem_id="reflection",
+                )
+        photograph.upload(uploaded, photograph, queue=False, show_progress="hidden", api_visibility="private")
+        button.click(
+            run,
+            [photograph, name],
+            [slider, reflection, told, *downloads],
+            show_progress_on=[slider],
+            api_visibility="private",
+        )
+        page.unload(closed)
+    return page.queue(max_size=options.queue, default_concurrency_limit=1)
+
+
+def _alone(app: Callable) -> Callable:
+    """The application without the doors to other machines: it fetches no addresses, and nor does the browser."""
+
+    async def call(scope, receive, send):
+        if scope["type"] == "http" and ("=http:" in scope["path"] or "=https:" in scope["path"]):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"no other addresses here"})
+            return
+
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY)]
+            await send(message)
+
+        await app(scope, receive, send_with_policy)
+
+    return call
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address.
+
+    Raises:
+        UserError: it is taken, or isn't this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); try another --port") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
