@@ -1,5 +1,6 @@
 """Any published or own checkpoint into a network. Published parameter names stay at this door."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -110,14 +111,19 @@ def architecture_of(content: dict, where: str) -> str:
     state, _ = _find_state(content, where)
     shapes = {name: value.shape for name, value in _translated(state, where).items()}
     for name in list_models():
-        with torch.device("meta"):
-            expected = create_model(name).state_dict()
-        if shapes == {key: value.shape for key, value in expected.items()}:
+        if shapes == _shapes(name):
             return name
     raise UserError(
         f"{where}: its {len(shapes)} parameters are none of the networks' ({', '.join(list_models())}); "
         "name the network with --inet to see what doesn't fit"
     )
+
+
+@functools.cache
+def _shapes(name: str) -> dict[str, torch.Size]:
+    """Of a network's parameters."""
+    with torch.device("meta"):
+        return {key: value.shape for key, value in create_model(name).state_dict().items()}
 
 
 def _translated(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -123,7 +123,8 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
             return (a - b).abs().mean().reshape(1, 1, 1, 1)
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
-    assert run(small, finished, finished / "best.pt", "--max_dataset_size", "1", "-o", tmp_path) == 0
+    line = [finished / "last.pt", finished / "best.pt", "--base_dir", small, "--max_dataset_size", "1", "-o", tmp_path]
+    assert evaluate.main([*map(str, line), "--gpu_ids=-1", "--nThreads=0"]) == 0
     rows = rows_of(tmp_path / "evaluation.csv")
     assert [row["estimate"] for row in rows[::3]] == ["input", *(str(finished / f"{n}.pt") for n in ("last", "best"))]
     assert all(row["images"] == "1" for row in rows if row["set"] != "average")

@@ -110,6 +110,14 @@ def test_orientation(tmp_path, pixels, orientation, suffix):
     assert_reads(tmp_path / f"a.{suffix}", UPRIGHT[orientation](pixels) / 255, tolerance=0.06)
 
 
+def test_orientation_of_a_plain_tiff_with_transparency(tmp_path, pixels):
+    """Which PIL maps into memory."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.dstack([pixels, pixels[..., 0]])).save(tmp_path / "a.tif", exif=exif)
+    assert_reads(tmp_path / "a.tif", np.rot90(pixels, -1) / 255)
+
+
 def chunk(exif: Image.Exif) -> bytes:
     """EXIF as a PNG holds it."""
     content = b"eXIf" + exif.tobytes()[len(b"Exif\0\0") :]

@@ -1,5 +1,6 @@
 """Photographs of any size and kind through tools/infer.py."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import separator as separators
+from models import weights
 from models.arch import create_model, list_models
 from models.separator import Separator, load_separator
 from models.weights import architecture_of
@@ -146,7 +148,7 @@ def test_memory_is_a_band_of_tiles_whatever_the_height():
     for _, (band,) in Separator(model, tile=64, overlap=16).bands(image, ["reflection"]):
         shapes.append(band.base.shape)
     assert len(shapes) > 50 and set(shapes) == {(64, 80, 3)}, "one band is held, of the wanted part only"
-    assert set(model.seen) <= {(64, 64), (64, 48), (56, 48), (56, 64)} or max(max(s) for s in model.seen) <= 64
+    assert max(max(size) for size in model.seen) <= 64
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
@@ -200,6 +202,7 @@ def test_real_network_at_any_size(real, size):
 
 
 def test_self_ensemble_is_the_mean_of_eight(real, pixels):
+    pixels = pixels[:10, :20]
     ensemble = Separator(real.model, tile=64, self_ensemble=True).separate(pixels)
     for part in separators.PARTS:
         parts = []
@@ -236,8 +239,7 @@ def test_architecture_is_found_by_the_published_parameters():
 
 def test_every_architecture_is_found_and_unique():
     for name in list_models():
-        with torch.device("meta"):
-            state = create_model(name).state_dict()
+        state = {key: torch.empty(shape, device="meta") for key, shape in weights._shapes(name).items()}
         assert architecture_of({"network": state}, "x.pt") == name
 
 
@@ -269,6 +271,7 @@ def test_from_python(trained, pixels, real):
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def profile() -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -281,7 +284,9 @@ def facts(orientation: int = 1) -> Image.Exif:
     exif.get_ifd(0x8769)[0xA002] = WIDTH
     exif.get_ifd(0x8769)[0xA003] = HEIGHT
     exif.get_ifd(0x8825)[1] = "N"
-    return exif
+    whole = Image.Exif()
+    whole.load(exif.tobytes())  # what PIL needs to write the directories into a TIFF
+    return whole
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
@@ -401,7 +406,7 @@ def test_everything_that_can_be_saved(tmp_path, pixels, stand_in):
     assert run(tmp_path, tmp_path / "a.png", "--save", "t", "r", "residue", "sidebyside") == 0
     made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("a_*.png")}
     assert set(made) == {"a_t", "a_r", "a_residue", "a_sidebyside"}
-    np.testing.assert_array_equal(made["a_residue"], np.floor((pixels / 255 / 8 + 0.5) * 255 + 0.5))
+    np.testing.assert_allclose(made["a_residue"], (pixels / 255 / 8 + 0.5) * 255, atol=0.501)
     row = np.concatenate([pixels, made["a_t"], made["a_r"], made["a_residue"]], axis=1)
     np.testing.assert_array_equal(made["a_sidebyside"], row)
 

@@ -98,6 +98,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             if image.mode == "F":
                 raise UserError(f"{path}: floating-point images are not supported; convert it to 16 bits")
+            if image.format == "TIFF":
+                image.filename = ""  # else PIL maps a plain RGBA file into memory, and some versions don't turn it then
             yield image
     except UserError:
         raise

@@ -34,6 +34,7 @@ _ORIENTATION, _EXIF, _GPS = 0x0112, 0x8769, 0x8825
 # Tags of the main directory that describe the photograph, not the file: description, make, model, resolution,
 # software, date, artist, host, copyright, and those of Windows.
 _DESCRIBING = (270, 271, 272, 282, 283, 296, 305, 306, 315, 316, 33432, *range(0x9C9B, 0x9CA0))
+_LONG, _UNDEFINED = 4, 7  # types of TIFF's values
 _INTEROPERABILITY, _EXIF_WIDTH, _EXIF_HEIGHT = 0xA005, 0xA002, 0xA003
 
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -102,16 +103,18 @@ def read_photograph(path: Path) -> Photograph:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with opened(path) as image:
             deep = _read_deep(path) if is_deep(image) else None
-            image.load()  # what a file says about itself may stand behind the pixels
-            exif, mode = image.getexif(), image.mode
+            if image.format == "PNG":
+                image.load()  # EXIF may stand behind the pixels; of a TIFF it can't be read any more after them
+            orientation, exif = image.getexif().get(_ORIENTATION, 1), _cleaned(image.getexif())
             icc = image.info.get("icc_profile")
+            mode, is_tiff = image.mode, image.format == "TIFF"
             if deep is None:
                 pixels, alpha = _split(image)
             else:
-                turn = _UPRIGHT.get(exif.get(_ORIENTATION, 1), lambda a: a) if image.format != "TIFF" else lambda a: a
+                turn = _UPRIGHT.get(1 if is_tiff else orientation, lambda a: a)  # OpenCV turns a TIFF itself
                 pixels, alpha = (part if part is None else np.ascontiguousarray(turn(part)) for part in deep)
             fits = icc and mode != "CMYK" and icc[16:20] == b"RGB "  # the colour space, in a profile's header
-            return Photograph(pixels, alpha, icc if fits else None, _cleaned(exif, pixels.shape))
+            return Photograph(pixels, alpha, icc if fits else None, _written(exif, pixels.shape))
 
 
 def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str) -> None:
@@ -172,22 +175,29 @@ def _read_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     return pixels[:, :, 2::-1], pixels[:, :, 3] if pixels.shape[2] == 4 else None
 
 
-def _cleaned(exif: Image.Exif, shape: tuple[int, ...]) -> bytes | None:
-    """EXIF with what describes the photograph only, for an upright image of that shape."""
-    clean = Image.Exif()
-    for tag in _DESCRIBING:
-        if tag in exif:
-            clean[tag] = exif[tag]
+def _cleaned(exif: Image.Exif) -> dict[int, object]:
+    """The tags that describe the photograph, those of EXIF's and GPS's directories as dicts."""
+    clean: dict[int, object] = {tag: exif[tag] for tag in _DESCRIBING if tag in exif}
     if _ORIENTATION in exif:
         clean[_ORIENTATION] = 1
     for directory in (_EXIF, _GPS):
         content = {tag: value for tag, value in exif.get_ifd(directory).items() if tag != _INTEROPERABILITY}
-        if _EXIF_WIDTH in content:
-            content |= {_EXIF_WIDTH: shape[1], _EXIF_HEIGHT: shape[0]}
         if content:
-            clean.get_ifd(directory).update(content)
             clean[directory] = content
-    return clean.tobytes() if len(clean) else None
+    return clean
+
+
+def _written(tags: dict[int, object], shape: tuple[int, ...]) -> bytes | None:
+    """EXIF's block with these tags, of pixels of that shape."""
+    if not tags:
+        return None
+    details = tags.get(_EXIF, {})
+    if _EXIF_WIDTH in details:
+        details |= {_EXIF_WIDTH: shape[1], _EXIF_HEIGHT: shape[0]}
+    exif = Image.Exif()
+    for tag, value in tags.items():
+        exif[tag] = value
+    return exif.tobytes()
 
 
 def _encode(file: BinaryIO, pixels: np.ndarray, like: Photograph, form: str) -> None:
@@ -227,13 +237,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _write_tiff(file: BinaryIO, pixels: np.ndarray, like: Photograph) -> None:
-    """A TIFF of any depth, uncompressed: the pixels, then the directory, with EXIF's among it."""
+    """A TIFF of any depth, uncompressed: the directory, EXIF's within, then the pixels."""
     height, width, channels = pixels.shape
-    start = 8  # behind the header
-    size = pixels.nbytes
-    directory_at = start + size + size % 2
-    if directory_at >= 2**32:
-        raise ValueError("more than 4 GiB of pixels are more than a TIFF holds")
+    if pixels.nbytes >= 2**32 - 2**24:  # with room for the directory
+        raise ValueError("a TIFF holds no more than 4 GiB of pixels")
     directory = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0")
     if like.exif:
         exif = Image.Exif()
@@ -243,13 +250,13 @@ def _write_tiff(file: BinaryIO, pixels: np.ndarray, like: Photograph) -> None:
     directory[256], directory[257] = width, height
     directory[258] = (8 * pixels.itemsize,) * channels
     directory[259], directory[262], directory[277], directory[284] = 1, 2, channels, 1  # plain RGB, interleaved
-    directory[273], directory[278], directory[279] = start, height, size
+    directory[273], directory[278], directory[279] = 0, height, pixels.nbytes  # pixels right behind the directory
+    directory.tagtype[273] = directory.tagtype[279] = _LONG
     if channels == 4:
         directory[338] = 2  # alpha, not multiplied in
     if like.icc:
-        directory.tagtype[34675] = 7
+        directory.tagtype[34675] = _UNDEFINED
         directory[34675] = like.icc
-    file.write(b"II*\0" + struct.pack("<I", directory_at))
+    header = b"II*\0" + struct.pack("<I", 8)
+    file.write(header + directory.tobytes(len(header)))
     file.write(memoryview(np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))).cast("B"))
-    file.write(b"\0" * (size % 2))
-    file.write(directory.tobytes(directory_at))
