@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -367,7 +368,8 @@ class Engine:
     def evaluate(self, loader: DataLoader, name: str) -> tuple[list[dict], list[np.ndarray]]:
         """Metrics of every image of a set, and pictures of its first ones.
 
-        The metrics are computed, and pictures written, in threads beside the forward passes.
+        The metrics are computed, and pictures written, in threads beside a GPU's forward passes; a CPU's use all cores
+        themselves, and go slower beside threads by more than these take.
 
         Returns:
             Rows as `Record.evaluation` takes them, by name, and --panels rows of a picture.
@@ -382,12 +384,13 @@ class Engine:
 
         batches = track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main)
         with ThreadPoolExecutor(4) as pool:
+            start = _at_once if self.device.type == "cpu" else pool.submit
             for one in separate(batches, predict):
-                jobs.append((one.name, pool.submit(measure, one)))
+                jobs.append((one.name, start(measure, one)))
                 if self.options.save_images:
                     stem = self.folder / "images" / name / one.name
                     jobs += [
-                        (None, pool.submit(_write, stem, kind, x))
+                        (None, start(_write, stem, kind, x))
                         for kind, x in (("t", one.transmission), ("r", one.reflection))
                     ]
                 if len(panels) < self.options.panels:
@@ -445,6 +448,13 @@ class _Window:
             "speed/share_waiting_for_data": self.waited / seconds,
             "speed/peak_memory_GiB": memory / 2**30,
         }
+
+
+def _at_once(job: Callable, *arguments: object) -> Future:
+    """As an executor's `submit`, without a thread."""
+    future = Future()
+    future.set_result(job(*arguments))
+    return future
 
 
 def _write(stem: Path, kind: str, image: Tensor) -> None:
