@@ -309,8 +309,7 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
                     height=_HEIGHT,
                     elem_id="photograph",
                 )
-                # It arrives as a file that Gradio hasn't opened: nothing but util.images does, and says what is wrong.
-                photograph.preprocess = lambda payload: payload and payload.path
+                _take_files_only(photograph)
                 name = gr.Dropdown(separators.names, value=separators.names[0], label="Checkpoint")
                 button = gr.Button("Remove the reflection", variant="primary", elem_id="separate")
                 examples = [str(path) for path in write_examples(folder)]
@@ -347,6 +346,25 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
         )
         page.unload(closed)
     return page.queue(max_size=options.queue, default_concurrency_limit=1)
+
+
+def _take_files_only(image) -> None:
+    """Have an image component hand over uploads as they are.
+
+    Gradio would open them itself, before util.images can say what is wrong, and would fetch what a request names by its
+    address.
+    """
+    import gradio as gr
+
+    fetch = image.async_move_resource_to_block_cache
+
+    async def refuse_addresses(path: str | None) -> str | None:
+        if path and "://" in path:
+            raise gr.Error("Addresses are not fetched; send a file.", print_exception=False)
+        return await fetch(path)
+
+    image.async_move_resource_to_block_cache = refuse_addresses
+    image.preprocess = lambda payload: payload and payload.path
 
 
 def _alone(app: Callable) -> Callable:
