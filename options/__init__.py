@@ -27,13 +27,22 @@ DEMO_RECIPE = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there is something to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def train_parser() -> argparse.ArgumentParser:
     """The parser of train_sirs.py."""
     parser = argparse.ArgumentParser(
         prog="train_sirs.py",
         description="Train a reflection removal network and evaluate it after every epoch.",
         epilog="./runner.sh GPU MODEL 'COMMENT' [options] sets up Python and calls this program.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     for add in (
@@ -81,7 +90,7 @@ def infer_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py",
         description="Separate photographs of any size into what is behind the glass and what is mirrored in it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="photographs, folders of them, or patterns such as "
@@ -115,7 +124,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description="Measure checkpoints on every test set of a folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT",
