@@ -314,7 +314,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tiny_data, tmp_pa
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_ends_as_an_undisturbed_one(tiny_data, tmp_path):
-    settings = arguments(tiny_data, tmp_path, "--nEpochs", "2", "--epoch_size", "12", "--save_steps", "1")
+    settings = arguments(tiny_data, tmp_path, "--nEpochs", "1", "--epoch_size", "14", "--save_steps", "1")
 
     def command(name: str) -> list[str]:
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")

@@ -160,7 +160,7 @@ def test_it_gives_up_when_returning_does_not_help(tiny_data, tmp_path, monkeypat
 
 
 def test_a_guarded_run_resumes_bit_for_bit(tiny_data, tmp_path, quick_guard):
-    half = [*SETTINGS, "--scheduler", "none"]
+    half = [*SETTINGS, "--scheduler", "none", "--epoch_size", "4"]
     whole = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "whole")[1]
     run(tiny_data, tmp_path, *half, "--nEpochs", "1", "--name", "parts")
     parts = run(tiny_data, tmp_path, *half, "--nEpochs", "2", "--name", "parts", "--resume")[1]
