@@ -1,0 +1,134 @@
+"""What networks are made of and what they cost: parameters, FLOPs, memory, and how far they see.
+
+    python tools/model_info.py dsrnet_s mdsrnet_s
+    python tools/model_info.py dsrnet_l mdsrnet_l --size 384 384 --depth 3
+    python tools/model_info.py dsrnet_s mdsrnet_s --receptive_field reach.png --hold_features
+    python tools/model_info.py dsrnet_s --checkpoint checkpoints/dsrnet_s/best.pt --receptive_field reach.png
+
+FLOPs are those of one image's forward pass, in matrix products, convolutions and scans, two for a multiplication and
+an addition; a training step has about three times as many.
+Memory is what one image's forward pass keeps for the backward pass, in fp32, by this machine's scan; VGG19, which is
+frozen, and the losses are not in it. All this is counted without computing, so any model and size is quick.
+
+The effective receptive field (Luo et al. 2016) is the absolute gradient of the centre pixel's transmission with
+respect to the input, mean over some images of noise. Channel attention sees everything, but only its mean; Mamba what
+comes before, row by row; VGG19 some 160 pixels, which --hold_features leaves out. In a fresh network every block's
+residual scales are 0, so that it does nothing: without --checkpoint they are drawn at random, and the picture is of
+what the architecture can do, not of what a training makes of it.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from options.arguments import natural_float, positive_int
+from util.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="model_info.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL",
+                        help="networks of models/arch/__init__.py; train_sirs.py --list_models shows them")  # fmt: skip
+    parser.add_argument("--size", type=positive_int, nargs=2, default=[224, 224], metavar=("HEIGHT", "WIDTH"),
+                        help="pixels of the image, rounded up to multiples of 16 (default: 224 224)")  # fmt: skip
+    parser.add_argument("--depth", type=positive_int, default=2, metavar="N",
+                        help="how deep modules are told apart (default: 2)")  # fmt: skip
+    parser.add_argument("--receptive_field", type=Path, metavar="FILE.png",
+                        help="draw the models' effective receptive fields side by side")  # fmt: skip
+    parser.add_argument("--field_size", type=positive_int, default=192, metavar="PIXELS",
+                        help="side of the receptive field's images, rounded up to a multiple of 16 "
+                             "(default: 192)")  # fmt: skip
+    parser.add_argument("--hold_features", action="store_true",
+                        help="leave out of it what comes through VGG19, whose reach hides the blocks' own")  # fmt: skip
+    parser.add_argument("--images", type=positive_int, default=4, metavar="N",
+                        help="images of noise that the receptive field is the mean of (default: 4)")  # fmt: skip
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE",
+                        help="weights for the receptive field; takes a single MODEL")  # fmt: skip
+    parser.add_argument("--scales", type=natural_float, default=0.5, metavar="STD",
+                        help="standard deviation of the random residual scales without --checkpoint "
+                             "(default: 0.5)")  # fmt: skip
+    parser.add_argument("--vgg_weights", default="random", metavar="imagenet|random|FILE",
+                        help="VGG19's weights for the receptive field (default: random)")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        show(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print the tables and draw the picture.
+
+    Raises:
+        UserError: there is no such model, or a file can't be read or written.
+    """
+    from models.arch import list_models
+
+    unknown = [name for name in options.models if name not in list_models()]
+    if unknown:
+        raise UserError(f"{unknown[0]}: there is no such model; there are {', '.join(list_models())}")
+    if options.checkpoint and len(options.models) > 1:
+        raise UserError("--checkpoint: takes a single MODEL, the one it was trained for")
+    if options.checkpoint and not options.receptive_field:
+        raise UserError("--checkpoint: only the receptive field depends on weights; add --receptive_field FILE.png")
+    height, width = (math.ceil(side / 16) * 16 for side in options.size)
+    for name in options.models:
+        _print_costs(name, height, width, options.depth)
+    if options.receptive_field:
+        _draw(options)
+
+
+def _print_costs(name: str, height: int, width: int, depth: int) -> None:
+    from tools.inspection.costs import costs
+
+    found = costs(name, height, width, depth)
+    pixels = height * width
+    print(f"{name}, {height} x {width} pixels")
+    print(f"  parameters             {found.parameters:15,}")
+    print(f"  forward pass           {found.forward / 1e9:15,.1f} GFLOPs, {found.forward / pixels / 1e3:,.0f} k/pixel")
+    print(f"  VGG19's features       {found.vgg / 1e9:15,.1f} GFLOPs")
+    print(f"  kept for backward      {found.kept / 1e6:15,.1f} MB, {found.kept / pixels / 1e3:,.1f} kB/pixel\n")
+    rows = [("module", "parameters", "share", "GFLOPs", "share")]
+    for module in found.modules:
+        weight, work = module.parameters / found.parameters, module.forward / found.forward
+        figures = f"{module.parameters:,}", f"{weight:.1%}", f"{module.forward / 1e9:,.2f}", f"{work:.1%}"
+        rows.append((module.name, *figures))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  " + "  ".join([first.ljust(widths[0]), *cells]))
+    print()
+
+
+def _draw(options: argparse.Namespace) -> None:
+    from tools.inspection import field
+
+    size = math.ceil(options.field_size / 16) * 16
+    hold = options.hold_features
+    fields = {}
+    for name in options.models:
+        network = field.prepared(name, options.checkpoint, options.scales)
+        fields[name] = field.receptive_field(network, options.vgg_weights, size, options.images, hold)
+    origin = f"random residual scales, std {options.scales:g}"
+    if options.checkpoint:
+        origin = f"weights: {options.checkpoint}"
+    origin += ", VGG19's features held" * hold
+    print(f"effective receptive field of the centre pixel, {size} x {size} pixels, {origin}")
+    print(f"  {'model':14}  {'50 %':>8}  {'90 %':>8}  {'99 %':>8}  {'above':>7}  {'below':>7}  of the gradient")
+    for name, values in fields.items():
+        radii = "  ".join(f"{field.radius(values, share):5.0f} px" for share in (0.5, 0.9, 0.99))
+        above, below = field.halves(values)
+        print(f"  {name:14}  {radii}  {above:7.1%}  {below:7.1%}")
+    field.draw(fields, origin, options.receptive_field)
+    print(f"{options.receptive_field}: logarithmic, over {field.DECADES} powers of ten below the largest value")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
