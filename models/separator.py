@@ -21,10 +21,11 @@ from util.memory import available_memory
 
 PARTS = ("transmission", "reflection", "residue")
 
-# Memory that a forward pass takes for every pixel, in bytes: measured on a CPU in fp32 and rounded up, for the layers
-# whose width is the same in all networks and for each channel of the U-Net's first level.
-_BYTES_PER_PIXEL = 3000
-_BYTES_PER_PIXEL_AND_CHANNEL = 110
+# Memory that a forward pass in fp32 takes for every pixel, in bytes, in all networks and for each channel of the
+# U-Net's first level; rounded up from what dsrnet_s (9,100), mdsrnet_s (9,200) and dsrnet_l (10,100) take on a CPU. In
+# bf16 it is half of that (dsrnet_s: 4,200).
+_BYTES_PER_PIXEL = 8500
+_BYTES_PER_PIXEL_AND_CHANNEL = 40
 _SHARE = 0.5  # of the free memory that is used
 _LEAST_TILE, _MOST_TILE = 128, 1536  # pixels; with larger ones, tensors grow beyond what 32 bits can count
 
@@ -192,8 +193,8 @@ def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> 
 
 def default_tile(model: DSRNetModel, device: torch.device) -> int:
     """The side of a square that half of the device's free memory is enough for, within reason."""
-    width = model.network.head.in_channels
-    pixels = _SHARE * available_memory(device) / (_BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_CHANNEL * width)
+    cost = _BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_CHANNEL * model.network.head.in_channels
+    pixels = _SHARE * available_memory(device) / (cost / 2 if model.bf16 else cost)
     side = int(math.sqrt(max(pixels, 0))) // tiles.ALIGNMENT * tiles.ALIGNMENT
     return min(max(side, _LEAST_TILE), _MOST_TILE)
 

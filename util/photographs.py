@@ -201,7 +201,7 @@ def _written(tags: dict[int, object], shape: tuple[int, ...]) -> bytes | None:
 
 
 def _encode(file: BinaryIO, pixels: np.ndarray, like: Photograph, form: str) -> None:
-    about = {"icc_profile": like.icc, "exif": like.exif or b""}
+    about = {key: value for key, value in (("icc_profile", like.icc), ("exif", like.exif)) if value}
     if form == "tiff":
         _write_tiff(file, pixels, like)
     elif form == "png" and pixels.dtype == np.uint16:
