@@ -44,12 +44,22 @@ def download(url: str, path: Path) -> None:
         part.touch()
     except OSError as error:
         raise UserError(f"{part}: cannot be written: {error.strerror}") from error
+    try:
+        _transfer_all(url, part, path)
+    finally:
+        if not part.stat().st_size:  # nothing to go on with
+            part.unlink()
+            _note(part).unlink(missing_ok=True)
+    _finish(part, path)
+
+
+def _transfer_all(url: str, part: Path, path: Path) -> None:
+    """Attempts until the part is the whole file."""
     failures = 0
     while True:
         before = part.stat().st_size
         try:
-            _transfer(url, part)
-            break
+            return _transfer(url, part)
         except urllib.error.HTTPError as error:
             if error.code < 500:
                 raise UserError(_unreachable(url, path, f"the server says {error.code} {error.reason}")) from error
@@ -61,7 +71,6 @@ def download(url: str, path: Path) -> None:
             raise UserError(_unreachable(url, path, reason))
         print(f"{reason}; {part.stat().st_size / 1e6:.1f} MB are there, going on", flush=True)
         time.sleep(_PAUSE)
-    _finish(part, path)
 
 
 def _transfer(url: str, part: Path) -> None:
@@ -81,8 +90,12 @@ def _transfer(url: str, part: Path) -> None:
             return _transfer(url, part)
         raise
     with answer:
-        if answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            total = int(answer.headers["Content-Range"].rpartition("/")[2])
+        if answer.status == 206:
+            rest = re.fullmatch(rf"bytes {start}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            if not rest:
+                _note(part).unlink(missing_ok=True)  # the next attempt asks for all of it
+                raise _Incomplete("the server sent another part than the one asked for")
+            total = int(rest[1])
         else:
             part.write_bytes(b"")
             _note(part).write_text(json.dumps(_version(answer)), encoding="utf-8")
