@@ -27,6 +27,7 @@ from models.scan import set_backend
 from models.vgg import Vgg19
 from options.arguments import natural_float, positive_int
 from tools.benchmarks import common
+from tools.inspection.costs import FORMULAS
 from util.allocator import keep_freed_memory
 from util.repeatable import make_repeatable
 
@@ -405,7 +406,7 @@ def count_flops(model: str, size: int, vgg: Vgg19, device: str, forward_only: bo
     """
     common.progress(f"{model},{size}: counting operations")
     build = prediction if forward_only else training
-    formulas = {torch.ops.aten.convolution_backward: _backward_flops}
+    formulas = FORMULAS | {torch.ops.aten.convolution_backward: _backward_flops}
     try:
         work, images = build(model, Variant("fp32"), vgg, device), random_images(1, size, device)
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:

@@ -20,7 +20,7 @@ def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__) -> int:
 
 
 # The counter knows the products that make a tensor, but not the one that adds to a tensor in place.
-_FORMULAS = {torch.ops.aten.baddbmm_: _product_flops}
+FORMULAS = {torch.ops.aten.baddbmm_: _product_flops}
 
 
 @dataclass
@@ -68,7 +68,7 @@ def costs(name: str, height: int, width: int, depth: int) -> Costs:
         image = torch.empty(1, 3, height, width)
         with FlopCounterMode(display=False) as vgg_counter, torch.no_grad():
             features = vgg(image)
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter, kept_bytes(network) as kept:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, kept_bytes(network) as kept:
             network(image, features)
         flops = {called: sum(by_kind.values()) for called, by_kind in counter.get_flop_counts().items()}
     root = type(network).__name__
