@@ -18,6 +18,7 @@ from models.weights import load_weights, translate
 from tests.conftest import GOLDEN, golden, published_state, relative_error
 from tests.golden.fill import fill, image, pyramid, rng
 from tests.plain import plain_forward
+from tools.inspection.costs import kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 PARAMETERS = {
@@ -198,19 +199,11 @@ def test_refuses_sizes_that_do_not_divide():
         tiny()(torch.rand(1, 3, 20, 32), [])
 
 
-def kept_bytes(net: DSRNet, forward) -> int:
+def bytes_kept(net: DSRNet, forward) -> int:
     """What `forward()` keeps for its backward pass beside the network's parameters."""
-    seen = {}
-
-    def pack(tensor):
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        alive.append(tensor)  # so that no two live tensors share an address
-        return tensor
-
-    alive: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept_bytes(net) as kept:
         forward()
-    return sum(seen.values()) - sum(p.nbytes for p in net.parameters() if p.data_ptr() in seen)
+    return kept()
 
 
 def test_keeps_less_for_the_backward_pass_than_the_plain_network():
@@ -218,9 +211,9 @@ def test_keeps_less_for_the_backward_pass_than_the_plain_network():
 
     net = tiny()
     mixture, features = inputs(96, 96, 1)
-    ours = kept_bytes(net, lambda: net(mixture, features))
+    ours = bytes_kept(net, lambda: net(mixture, features))
     net.to(memory_format=torch.contiguous_format)
-    assert ours < 0.6 * kept_bytes(net, lambda: plain_forward(net, mixture, features))
+    assert ours < 0.6 * bytes_kept(net, lambda: plain_forward(net, mixture, features))
 
 
 def step_model(net: DSRNet, bf16: bool) -> tuple[DSRNetModel, list[torch.Tensor]]:
@@ -276,9 +269,9 @@ def test_checkpointed_activations(block):
 
     model, batch = step_model(tiny(block=block), bf16=False)
     net, features = model.network, model.vgg(batch[0])
-    plain, before = losses_and_gradients(model, batch), kept_bytes(net, lambda: net(batch[0], features))
+    plain, before = losses_and_gradients(model, batch), bytes_kept(net, lambda: net(batch[0], features))
     net.checkpoint_activations()
-    checkpointed, after = losses_and_gradients(model, batch), kept_bytes(net, lambda: net(batch[0], features))
+    checkpointed, after = losses_and_gradients(model, batch), bytes_kept(net, lambda: net(batch[0], features))
     assert checkpointed[0] == plain[0]
     assert all(torch.equal(checkpointed[1][name], gradient) for name, gradient in plain[1].items())
     assert after < 0.5 * before

@@ -2,8 +2,8 @@
 
     python tools/replay.py checkpoints/mdsrnet_v1_l/nonfinite_step_81234_rank_0.pt
 
-The file has the weights and the batch of that step; the run's options.yaml beside it says the rest. Shows the losses,
-and for every block the root mean square of what comes in and what goes out, the first one that isn't finite marked.
+The file has the weights, the batch and the options of that step. Shows the losses, and for every block the root mean
+square of what comes in and what goes out, the first one that isn't finite marked.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def replay(options: argparse.Namespace) -> None:
     """Print the tables.
 
     Raises:
-        UserError: the file is no such checkpoint, or the options beside it are missing.
+        UserError: the file is no such checkpoint.
     """
     import torch
 
@@ -44,16 +44,17 @@ def replay(options: argparse.Namespace) -> None:
     from models.losses import ReflectionLoss
     from models.vgg import Vgg19
     from util import checkpoint
+    from util.distributed import wants_bf16
 
     state = checkpoint.load(options.file)
-    if not {"batch", "names", "network", "inet"} <= state.keys():
+    if not {"batch", "names", "network", "inet", "options"} <= state.keys():
         raise UserError(f"{options.file}: not a saved step; a run leaves one when a loss is not finite")
-    recipe = _recipe(options.file.parent / "options.yaml")
+    recipe = state["options"]
     network = create_model(state["inet"])
     network.load_state_dict(state["network"])
     vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
     loss = ReflectionLoss(vgg, lambda_vgg=recipe["lambda_vgg"], lambda_rec=recipe["lambda_rec"])
-    model = DSRNetModel(network, vgg, loss, bf16=recipe["precision"] == "bf16")
+    model = DSRNetModel(network, vgg, loss, bf16=wants_bf16(recipe["precision"], torch.device("cpu")))
     rows = []
 
     def size(x: torch.Tensor) -> float:
@@ -77,15 +78,6 @@ def replay(options: argparse.Namespace) -> None:
         mark = "" if found or math.isfinite(went) else "  <- the first that isn't finite"
         found = found or bool(mark)
         print(f"{name:{width}}  {came:9.3g}  {went:9.3g}  {most:9.3g}{mark}")
-
-
-def _recipe(path: Path) -> dict:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: the run's options can't be read ({error})") from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from models.arch import list_models
+from util.memory import available_memory
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]
@@ -152,7 +153,7 @@ def _too_much(seconds: float, size: float, max_seconds: float, device: str) -> s
     """Why a call that would take so many seconds and bytes is left out; nothing if it isn't."""
     if seconds > max_seconds:
         return f"left out, about {seconds:.0f} s"
-    if size > 0.8 * _free_memory(device):
+    if size > 0.8 * available_memory(torch.device(device)):
         return f"left out, about {size / 2**30:.0f} GiB"
     return ""
 
@@ -178,13 +179,6 @@ def peak_memory(call: Call, device: str) -> float:
 
 def _process_memory(key: str) -> int:
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def _free_memory(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    memory = Path("/proc/meminfo")
-    return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", memory.read_text())[1]) if memory.exists() else float("inf")
 
 
 # The machine -----------------------------------------------------------------------------------------------
