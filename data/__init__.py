@@ -7,6 +7,7 @@ import signal
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import cv2
 import torch
@@ -159,11 +160,18 @@ def _context(options: Namespace):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"data.{options.dataset}"])
+    # What it ignores when it starts, its workers ignore from their first moment: Ctrl-C is for this process to
+    # handle, and would otherwise end a worker that has just begun.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
     return context
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker; Ctrl-C is for the main process to handle; no worker outlives it."""
+    """One thread a worker, which leaves Ctrl-C to the main process and doesn't outlive it."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
