@@ -159,6 +159,12 @@ def as_text(options: argparse.Namespace) -> dict[str, object]:
     return plain
 
 
+def separator_settings(options: argparse.Namespace) -> dict[str, object]:
+    """What options of infer.py, evaluate.py or app.py say to `models.separator.load_separator`."""
+    names = ("inet", "vgg_weights", "precision", "gpu_ids", "tile", "overlap", "self_ensemble")
+    return {name: getattr(options, name) for name in names if name in options}
+
+
 def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, object]:
     """Values of a YAML file, checked as if they had been typed."""
     import yaml

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options import separator_settings
 from options.arguments import gpu_list, positive_int
 from util.errors import UserError
 
@@ -150,9 +151,7 @@ class Separators:
     def __init__(self, checkpoints: dict[str, Path], options: argparse.Namespace):
         self.names = list(checkpoints)
         self._checkpoints = checkpoints
-        self._options = {
-            name: getattr(options, name) for name in ("inet", "vgg_weights", "precision", "gpu_ids", "tile")
-        }
+        self._settings = separator_settings(options)
         self._loaded = (None, None)
 
     def get(self, name: str):
@@ -165,7 +164,7 @@ class Separators:
 
         if self._loaded[0] != name:
             self._loaded = (None, None)  # frees the memory for the next
-            self._loaded = (name, load_separator(self._checkpoints[name], **self._options))
+            self._loaded = (name, load_separator(self._checkpoints[name], **self._settings))
         return self._loaded[1]
 
 

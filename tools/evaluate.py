@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_evaluate
+from options import parse_evaluate, separator_settings
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,9 +96,11 @@ def evaluate(options: Namespace) -> None:
     """
     import data
     from models.separator import load_separator
+    from util.allocator import keep_freed_memory
     from util.repeatable import make_repeatable
 
     make_repeatable(seed=0)
+    keep_freed_memory()
     # All that discover and the loaders look at; `demo` keeps the former from telling what `doubts` tells.
     chosen = Namespace(
         **vars(options), demo=True, nEpochs=0, dataset="sirs_dataset", if_align=options.protocol == "published"
@@ -110,16 +112,7 @@ def evaluate(options: Namespace) -> None:
     rows: list[dict] = []
     lpips = None
     for checkpoint in options.checkpoints:
-        separator = load_separator(
-            checkpoint,
-            options.inet,
-            options.vgg_weights,
-            options.precision,
-            options.gpu_ids,
-            options.tile,
-            options.overlap,
-            options.self_ensemble,
-        )
+        separator = load_separator(checkpoint, **separator_settings(options))
         if not lines:
             lpips, missing = load_lpips(separator.device)
             warnings += [missing] if missing else []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_infer
+from options import parse_infer, separator_settings
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,17 +169,10 @@ def separate(separator: "Separator", job: Job) -> None:
 
 def _load(options: Namespace) -> "Separator":
     from models.separator import load_separator
+    from util.allocator import keep_freed_memory
 
-    separator = load_separator(
-        options.checkpoint,
-        options.inet,
-        options.vgg_weights,
-        options.precision,
-        options.gpu_ids,
-        options.tile,
-        options.overlap,
-        options.self_ensemble,
-    )
+    keep_freed_memory()
+    separator = load_separator(options.checkpoint, **separator_settings(options))
     print(f"{separator.inet} on {separator.device}, tiles of {separator.tile} pixels", flush=True)
     return separator
 

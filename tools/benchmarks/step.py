@@ -431,7 +431,7 @@ def profile(options: argparse.Namespace, variants: list[Variant], device: str) -
     build = prediction if options.forward_only else training
     work = build(options.models[-1], variants[-1], Vgg19("random").to(device), device)
     images = random_images(options.batches[-1], options.sizes[-1], device)
-    for _ in range(3 if variants[-1].is_compiled else 1):  # compiles, and records graphs
+    for _ in range(3):  # compile, record graphs, take memory from the system
         work(images)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
