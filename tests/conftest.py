@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,12 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset") / "demo"
     build_demo(folder)
     return folder
+
+
+def children_seconds() -> float:
+    """The processor's time of all processes that have been started and have ended; other work doesn't add to it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

@@ -275,7 +275,7 @@ class Page:
         """Wait, and return what `happened` returns when it is true."""
         from selenium.common.exceptions import StaleElementReferenceException
 
-        end = time.monotonic() + 30
+        end = time.monotonic() + 90
         while time.monotonic() < end:
             try:
                 if result := happened():

@@ -104,12 +104,12 @@ def test_five_times_as_fast_as_a_2d_convolution():
     try:
         ours, theirs = [], []
         for _ in range(7):
-            start = time.perf_counter()
+            start = time.thread_time()
             synthesize(t, r, blend)
-            middle = time.perf_counter()
+            middle = time.thread_time()
             blur_2d(r, blend.kernel_size, blend.sigma)
             ours.append(middle - start)
-            theirs.append(time.perf_counter() - middle)
+            theirs.append(time.thread_time() - middle)
     finally:
         cv2.setNumThreads(threads)
     assert np.median(theirs) > 5 * np.median(ours)
