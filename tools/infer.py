@@ -69,6 +69,7 @@ def infer(options: Namespace) -> int:
     Raises:
         UserError: nothing can be done at all.
     """
+    from util.allocator import release_freed_memory
     from util.progress import Progress
 
     jobs = find_jobs(options)
@@ -95,6 +96,7 @@ def infer(options: Namespace) -> int:
             except UserError as error:
                 failed += 1
                 progress.say(f"error: {error}")
+            release_freed_memory()  # the next photograph may be of another size
             progress.step(f"{progress.done / (time.monotonic() - began):.2f} images/s")
         progress.close()
     seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from util.allocator import release_freed_memory
 from util.metrics import quality_assess
 
 
@@ -29,7 +30,11 @@ def separate(batches: Iterable[dict], predict: Callable[[Tensor], tuple[Tensor, 
         batches: of `data.build_test_loaders`.
         predict: (B, 3, H, W) -> transmission, reflection and residue, each of the same shape.
     """
+    shape = None
     for batch in batches:
+        if batch["input"].shape != shape:
+            release_freed_memory()
+            shape = batch["input"].shape
         outputs = zip(*(output.cpu() for output in predict(batch["input"])), strict=True)
         given = zip(*(batch[key] for key in ("name", "input", "target_t", "target_r")), strict=True)
         for parts, (name, mixture, target_t, target_r) in zip(outputs, given, strict=True):
