@@ -22,12 +22,13 @@ from util.memory import available_memory
 PARTS = ("transmission", "reflection", "residue")
 
 # Memory that a forward pass in fp32 takes for every pixel, in bytes, in all networks and for each channel of the
-# U-Net's first level; rounded up from what dsrnet_s (9,100), mdsrnet_s (9,200) and dsrnet_l (10,100) take on a CPU. In
-# bf16 it is half of that (dsrnet_s: 4,200).
-_BYTES_PER_PIXEL = 8500
+# U-Net's first level, with freed memory kept: rounded up from what dsrnet_s takes on a CPU (13,100). In bf16 it is half
+# of that (dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l 6,400).
+_BYTES_PER_PIXEL = 12_000
 _BYTES_PER_PIXEL_AND_CHANNEL = 40
 _SHARE = 0.5  # of the free memory that is used
-_LEAST_TILE, _MOST_TILE = 128, 1536  # pixels; with larger ones, tensors grow beyond what 32 bits can count
+_LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
+_USUAL_OVERLAP = 128  # pixels; with more, results come no closer to those of the whole image
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Separator:
     Args:
         model: with the weights it is to use, on the device where it is to run.
         tile: side of the tiles, a multiple of 16; None takes what the free memory is enough for.
-        overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes a quarter of a tile.
+        overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes 128, but not more
+            than a quarter of a tile.
         self_ensemble: separate in all eight flips and rotations and take the mean.
 
     Attributes:
@@ -73,7 +75,8 @@ class Separator:
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.tile = tile or default_tile(model, self.device)
-        self.overlap = overlap or max(tiles.ALIGNMENT, self.tile // 4 // tiles.ALIGNMENT * tiles.ALIGNMENT)
+        quarter = max(tiles.ALIGNMENT, self.tile // 4 // tiles.ALIGNMENT * tiles.ALIGNMENT)
+        self.overlap = overlap or min(quarter, _USUAL_OVERLAP)
         self.self_ensemble = self_ensemble
         self.inet, self.epoch = inet, epoch
         if self.tile % tiles.ALIGNMENT or self.overlap % tiles.ALIGNMENT or not 0 < 2 * self.overlap <= self.tile:

@@ -138,9 +138,10 @@ def add_tiles(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("separation")
     group.add_argument("--tile", type=sixteens, metavar="PIXELS",
                        help="larger photographs are separated in tiles of this side, a multiple of 16 "
-                            "(default: what half of the free memory is enough for, 1536 at most)")  # fmt: skip
+                            "(default: what half of the free memory is enough for, 1024 at most)")  # fmt: skip
     group.add_argument("--overlap", type=sixteens, metavar="PIXELS",
-                       help="of neighbouring tiles, at most half a tile (default: a quarter of a tile)")  # fmt: skip
+                       help="of neighbouring tiles, at most half a tile "
+                            "(default: 128 or a quarter of a tile)")  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true",
                        help="separate every image in its eight flips and rotations and take the mean: a bit better, "
                             "eight times as long")  # fmt: skip

@@ -170,7 +170,7 @@ def test_tiles_are_as_large_as_the_memory_allows(real, monkeypatch):
         return separators.default_tile(real.model, torch.device("cpu"))
 
     sides = [tile(gigabytes * 2**30) for gigabytes in (0, 4, 16, 400)]
-    assert sides == sorted(sides) and sides[0] == 128 and sides[1] < sides[2] < sides[3] == 1536
+    assert sides == sorted(sides) and sides[0] == 128 and sides[1] < sides[2] < sides[3] == 1024
     assert all(side % 16 == 0 for side in sides)
 
 
