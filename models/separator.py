@@ -151,7 +151,7 @@ def load_separator(
     checkpoint: str | Path,
     inet: str | None = None,
     vgg_weights: str | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     gpu_ids: list[int] | None = None,
     tile: int | None = None,
     overlap: int | None = None,
@@ -164,7 +164,8 @@ def load_separator(
         inet: the network; None takes what the checkpoint says or, where it says nothing, the one whose parameters it
             has.
         vgg_weights: as of `models.vgg.Vgg19`; None takes those of the training, "imagenet" where nothing is said.
-        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively.
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively; None takes that of the
+            training, "fp32" where nothing is said.
         gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
         tile, overlap, self_ensemble: as of `Separator`.
 
@@ -177,9 +178,12 @@ def load_separator(
         raise UserError(f"--inet {name}: there is no such model ({checkpoint}); there are {', '.join(list_models())}")
     network = create_model(name)
     rest = load_weights(network, content, str(checkpoint))
-    vgg = Vgg19(vgg_weights or _recorded_vgg(rest, checkpoint))
+    recorded = rest.get("options")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    vgg = Vgg19(vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint))
     device = join(gpu_ids).device
-    model = DSRNetModel(network, vgg, loss=None, bf16=wants_bf16(precision, device)).to(device)
+    bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
+    model = DSRNetModel(network, vgg, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")
     return Separator(model, tile, overlap, self_ensemble, name, epoch if isinstance(epoch, int) else None)
 
@@ -202,16 +206,14 @@ def default_tile(model: DSRNetModel, device: torch.device) -> int:
     return min(max(side, _LEAST_TILE), _MOST_TILE)
 
 
-def _recorded_vgg(rest: dict, checkpoint: str | Path) -> str:
-    """VGG19's weights that a checkpoint was trained with."""
-    options = rest.get("options")
-    recorded = options.get("vgg_weights", "imagenet") if isinstance(options, dict) else "imagenet"
-    if recorded not in {"imagenet", "random"} and not Path(recorded).is_file():
+def _trained_with(weights: str, checkpoint: str | Path) -> str:
+    """VGG19's weights that a checkpoint was trained with, if they are here."""
+    if weights not in {"imagenet", "random"} and not Path(weights).is_file():
         raise UserError(
-            f"{checkpoint}: was trained with VGG19's weights of {recorded}, which isn't here; "
+            f"{checkpoint}: was trained with VGG19's weights of {weights}, which isn't here; "
             "name the file with --vgg_weights"
         )
-    return recorded
+    return weights
 
 
 def _check(image: np.ndarray) -> None:

@@ -104,7 +104,7 @@ def infer_parser() -> argparse.ArgumentParser:
     )
     arguments.add_output(parser)
     arguments.add_tiles(parser)
-    arguments.add_device(parser)
+    arguments.add_device(parser, trained=True)
     return parser
 
 
@@ -132,7 +132,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     arguments.add_weights(parser)
     arguments.add_measuring(parser)
     arguments.add_tiles(parser)
-    arguments.add_device(parser)
+    arguments.add_device(parser, trained=True)
     return parser
 
 

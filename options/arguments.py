@@ -90,14 +90,16 @@ def add_run(parser: argparse.ArgumentParser) -> None:
                        help="defaults for any option here; the command line wins")  # fmt: skip
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser, trained: bool = False) -> None:
+    """Where it runs and how; `trained` weights may say themselves how."""
     group = parser.add_argument_group("device")
     group.add_argument("--gpu_ids", type=gpu_list, metavar="IDS",
                        help="index of the GPU, a list for several (under torchrun), -1 for the CPU "
                             "(default: a GPU if there is one)")  # fmt: skip
-    group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
+    group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default=None if trained else "fp32",
                        help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
-                            "auto: bf16 where the hardware multiplies it natively")  # fmt: skip
+                            "auto: bf16 where the hardware multiplies it natively"
+                            + " (default: as in the training, fp32 for published weights)" * trained)  # fmt: skip
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,15 @@ def real(trained) -> Separator:
     return load_separator(trained, gpu_ids=[], precision="fp32", tile=64)
 
 
+def test_precision_is_that_of_the_training(trained, tmp_path):
+    content = torch.load(trained)
+    content["options"]["precision"] = "bf16"
+    torch.save(content, tmp_path / "bf16.pt")
+    assert not load_separator(trained, gpu_ids=[]).model.bf16, "nothing is said"
+    assert load_separator(tmp_path / "bf16.pt", gpu_ids=[]).model.bf16
+    assert not load_separator(tmp_path / "bf16.pt", gpu_ids=[], precision="fp32").model.bf16
+
+
 def run(tmp_path: Path, *arguments: object) -> int:
     (tmp_path / "weights.pt").touch()
     return infer.main(["--checkpoint", str(tmp_path / "weights.pt"), *map(str, arguments)])

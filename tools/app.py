@@ -53,8 +53,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inet", metavar="MODEL", help="the checkpoints' network (default: what they say themselves)")
     parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE",
                         help="VGG19's weights (default: what the checkpoint was trained with)")  # fmt: skip
-    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto",
-                        help="auto: bf16 where the hardware multiplies it natively (default: auto)")  # fmt: skip
+    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"),
+                        help="auto: bf16 where the hardware multiplies it natively (default: as in the training, fp32 "
+                             "for published weights)")  # fmt: skip
     parser.add_argument("--gpu_ids", type=gpu_list, metavar="ID",
                         help="index of the GPU, -1 for the CPU (default: a GPU if there is one)")  # fmt: skip
     parser.add_argument("--tile", type=positive_int, metavar="PIXELS",

@@ -9,13 +9,9 @@ import numpy as np
 from torch import Tensor
 
 import data
-from models.arch import create_model, list_models
-from models.dsrnet_model_sirs import DSRNetModel
-from models.vgg import Vgg19
-from models.weights import load_weights
+from models.separator import load_separator
 from options import train_parser
 from util import checkpoint
-from util.distributed import join, wants_bf16
 from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess
@@ -65,7 +61,7 @@ def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]
     elif state is None:
         raise UserError(f"{run.folder}: neither weights nor images/; name --checkpoint FILE, or --pictures none")
     else:
-        separate = _separator(state, recipe, options, weights)
+        separate = _separator(weights, state.get("inet", recipe.inet), recipe, options)
         source = f"{weights.name}, epoch {state.get('epoch', '?')}"
     loaders = data.build_test_loaders(recipe, data.discover(recipe))
     return _all(loaders, separate), source
@@ -114,19 +110,12 @@ def _saved(folder: Path) -> Separate:
     return read
 
 
-def _separator(state: dict, recipe: argparse.Namespace, options: argparse.Namespace, where: Path) -> Separate:
+def _separator(weights: Path, inet: str, recipe: argparse.Namespace, options: argparse.Namespace) -> Separate:
     """Computes, with the weights of a checkpoint."""
-    inet = state.get("inet", recipe.inet)
-    if inet not in list_models():
-        raise UserError(f"{where}: of a model '{inet}'; there are {', '.join(list_models())}")
-    network = create_model(inet)
-    load_weights(network, state)
-    device = join(options.gpu_ids).device
-    model = DSRNetModel(network.eval(), Vgg19(recipe.vgg_weights), None, wants_bf16(recipe.precision, device))
-    model.to(device)
+    separator = load_separator(weights, inet, recipe.vgg_weights, recipe.precision, options.gpu_ids)
 
     def separate(mixture: Tensor, *_) -> dict[str, np.ndarray]:
-        t, r, residue = (_array(x[0]) for x in model.predict(mixture[None].to(device)))
+        t, r, residue = (_array(x[0]) for x in separator.model.predict(mixture[None].to(separator.device)))
         return {"transmission": t, "reflection": r, "residue": residue / 2 + 0.5}
 
     return separate
