@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_evaluate, separator_settings
+from util.console import never_fail
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Line:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for what has to be put right."""
+    never_fail()
     options = parse_evaluate(argv)
     try:
         evaluate(options)

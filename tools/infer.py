@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_infer, separator_settings
+from util.console import never_fail
 from util.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status: 1 if some photographs failed, 2 for what has to be put right."""
+    never_fail()
     options = parse_infer(argv)
     try:
         return infer(options)

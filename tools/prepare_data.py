@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import PUBLISHED_DATA
 from options.arguments import positive_int
+from util.console import never_fail
 from util.errors import UserError
 
 MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
@@ -24,6 +25,7 @@ MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit status: 1 where `check` finds trouble, 2 for what the user can put right."""
+    never_fail()
     try:
         return _run(_parser().parse_args(arguments))
     except UserError as error:

@@ -17,10 +17,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import gpu_list, positive_int
+from util.console import never_fail
 from util.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
+    never_fail()
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import DEMO_RECIPE, train_parser
+from util.console import never_fail
 from util.errors import UserError
 
 # Options that say where and how a run ran, not what was trained on what.
@@ -33,6 +34,7 @@ _TEXT_WIDTH = 44  # characters of a comment or a recipe on the terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
+    never_fail()
     parser = argparse.ArgumentParser(
         prog="summarize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
