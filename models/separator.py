@@ -17,7 +17,7 @@ from util import tiles
 from util.checkpoint import load
 from util.distributed import join, wants_bf16
 from util.errors import UserError
-from util.memory import available_memory
+from util.memory import available_memory, enough_memory
 
 PARTS = ("transmission", "reflection", "residue")
 
@@ -133,18 +133,12 @@ class Separator:
 
     def _separate(self, image: Tensor) -> Sequence[Tensor]:
         """(1, 3, H, W) to three of them."""
-        try:
-            if not self.self_ensemble:
-                return self.model.predict(image)
-            return _mean_of_eight(image, self.model.predict)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            height, width = image.shape[-2:]
-            raise UserError(
-                f"not enough memory to separate {width}x{height} pixels at once: "
-                f"use --tile {max(tiles.ALIGNMENT, max(height, width) // 2 // 16 * 16)} or less"
-            ) from error
+        height, width = image.shape[-2:]
+        smaller = max(tiles.ALIGNMENT, max(height, width) // 2 // 16 * 16)
+        with enough_memory(
+            lambda: f"not enough memory to separate {width}x{height} pixels at once: use --tile {smaller} or less"
+        ):
+            return _mean_of_eight(image, self.model.predict) if self.self_ensemble else self.model.predict(image)
 
 
 def load_separator(
@@ -208,7 +202,7 @@ def default_tile(model: DSRNetModel, device: torch.device) -> int:
 
 def _trained_with(weights: str, checkpoint: str | Path) -> str:
     """VGG19's weights that a checkpoint was trained with, if they are here."""
-    if weights not in {"imagenet", "random"} and not Path(weights).is_file():
+    if weights not in ("imagenet", "random") and not (isinstance(weights, str) and Path(weights).is_file()):
         raise UserError(
             f"{checkpoint}: was trained with VGG19's weights of {weights}, which isn't here; "
             "name the file with --vgg_weights"
