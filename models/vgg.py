@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
+from models.weights import check_finite
 from util import checkpoint
 from util.errors import UserError
 
@@ -67,15 +68,17 @@ def _randomise(layers: nn.Sequential) -> None:
 
 def _load(layers: nn.Sequential, weights: str | Path) -> None:
     state = _imagenet() if weights == "imagenet" else checkpoint.load(weights)
-    state = {name.removeprefix("features."): value for name, value in state.items()}
+    state = {name.removeprefix("features."): value for name, value in state.items() if isinstance(name, str)}
     wanted = layers.state_dict()
-    unfit = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
+    unfit = [name for name, value in wanted.items() if getattr(state.get(name), "shape", None) != value.shape]
     if unfit:
         raise UserError(
             f"--vgg_weights {weights}: not the weights of torchvision's vgg19; "
             f"features.{unfit[0]} and {len(unfit) - 1} more are missing or of another shape"
         )
-    layers.load_state_dict({name: state[name] for name in wanted})
+    state = {name: state[name] for name in wanted}
+    check_finite(state, f"--vgg_weights {weights}")
+    layers.load_state_dict(state)
 
 
 def _imagenet() -> dict[str, Tensor]:

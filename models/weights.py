@@ -11,6 +11,10 @@ from models.arch import create_model, list_models
 from util import checkpoint
 from util.errors import UserError
 
+_WHERE = ("ema", "network", "weight", "state_dict", "model", "icnn")  # a state dict is found in a checkpoint
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_KINDS += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 # Published parameter names to ours, applied one after the other to what is left of the name. The published code
 # names a layer by its position in nested nn.Sequential.
 _PREFIXES = re.compile(r"^(?:(?:module|net|network|_orig_mod)\.)+")
@@ -83,14 +87,15 @@ def load_weights(network: nn.Module, source: str | Path | dict, where: str = "th
         What else the checkpoint holds, such as its epoch.
 
     Raises:
-        UserError: the file can't be read, holds anything but plain data, or doesn't fit the network; the message
-            names what is missing, left over or of another shape.
+        UserError: the file can't be read, holds anything but plain data, doesn't fit the network or isn't finite;
+            the message names what is missing, left over, of another shape, NaN or infinite.
     """
     if not isinstance(source, dict):
         where, source = str(source), checkpoint.load(source)
     state, rest = _find_state(source, where)
     translated = _translated(state, where)
     _check_fit(network.state_dict(), translated, where)
+    check_finite(translated, where)
     network.load_state_dict(translated)
     return rest
 
@@ -119,6 +124,17 @@ def architecture_of(content: dict, where: str) -> str:
     )
 
 
+def check_finite(state: dict[str, Tensor], where: str) -> None:
+    """See that weights are numbers.
+
+    Raises:
+        UserError: some are NaN or infinite; the message names them.
+    """
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{where}: {len(bad)} parameters are NaN or infinite: {_some(bad)}; take an earlier checkpoint")
+
+
 @functools.cache
 def _shapes(name: str) -> dict[str, torch.Size]:
     """Of a network's parameters."""
@@ -131,7 +147,7 @@ def _translated(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     translated: dict[str, Tensor] = {}
     for name, value in state.items():
         ours = translate(name)
-        if ours in translated and not torch.equal(translated[ours], value):
+        if ours in translated and not _equal(translated[ours], value):
             raise UserError(f"{where}: two different tensors are meant to be {ours}; one of them is {name}")
         translated[ours] = value
     return translated
@@ -139,12 +155,20 @@ def _translated(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a checkpoint, and the rest."""
-    for key in ("ema", "network", "weight", "state_dict", "model", "icnn"):
-        if isinstance(content.get(key), dict):
-            return content[key], {name: value for name, value in content.items() if name != key}
-    if content and all(isinstance(value, Tensor) for value in content.values()):
-        return content, {}
+    key = next((key for key in _WHERE if isinstance(content.get(key), dict)), None)
+    state = content if key is None else content[key]
+    if state and all(isinstance(name, str) and _is_plain(value) for name, value in state.items()):
+        return state, {} if key is None else {name: value for name, value in content.items() if name != key}
     raise UserError(f"{where}: no state dict in it; its keys are {', '.join(map(str, list(content)[:8])) or 'none'}")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor such as a network may have: neither sparse nor without values nor of rare types."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.dtype in _KINDS
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
@@ -158,9 +182,10 @@ def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str
     if not (missing or extra or wrong):
         return
 
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
     parts = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
-    told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in parts if names)
+    told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts if names)
     raise UserError(f"{where}: the weights are not this network's (is --inet the model they were trained for?); {told}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
