@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import math
 import resource
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -21,20 +20,25 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from models.arch.blocks import Block
+from models.weights import check_finite
 from options import as_text
 from util import checkpoint
-from util.distributed import World
+from util.distributed import World, wants_bf16
 from util.errors import UserError
 from util.evaluation import measure, separate
 from util.guard import Guard, Verdict
 from util.images import write_image
-from util.interrupt import Interrupt
+from util.interrupt import Interrupt, Interrupted
+from util.memory import enough_memory
 from util.norms import Norms
 from util.progress import Progress, track
 from util.records import Record
 
 FORMAT = 1
 """Of the checkpoints; a later one is refused."""
+
+LEAST_CROP = 64
+"""Side of the smallest training crops worth naming, in pixels."""
 
 
 @dataclass
@@ -46,16 +50,8 @@ class Loaders:
     tests: dict[str, DataLoader]
 
 
-class Interrupted(Exception):
-    """A signal has asked the run to stop; its state is saved."""
-
-    def __init__(self, number: int):
-        self.number, self.signal = number, signal.Signals(number).name
-        super().__init__(f"stopped by {self.signal}")
-
-
 class Diverged(Exception):
-    """A loss was NaN or infinite, or the guard could not hold the training; the message says what to do."""
+    """A loss or a gradient wasn't finite, or the guard could not hold the training; the message says what to do."""
 
 
 def learning_rate(step: int, options: argparse.Namespace, total: int) -> float:
@@ -163,6 +159,8 @@ class Engine:
             raise UserError(f"{where}: a checkpoint of {state.get('inet')}, but --inet is {self.options.inet}")
         if bool(state["ema"]) != bool(self.ema):
             raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
+        for part in ("network", "ema"):
+            check_finite(state[part] or {}, f"{where}, {part}")
         self._load_weights(state)
         if self.guard and state.get("guard"):
             self.guard = Guard(**state["guard"])
@@ -200,12 +198,13 @@ class Engine:
         Raises:
             Interrupted: after a signal, with the state saved.
             Diverged: with the state and the batch saved.
+            UserError: the memory is not enough, with the state saved.
         """
         unfinished = self.step == self.steps_per_epoch and self.step > 0
         self.record = Record(
             self.folder, self.options, self.epoch, self.global_step + (not unfinished), self.world.is_main
         )
-        with Interrupt() as self.interrupt, contextlib.closing(self.record):
+        with Interrupt() as self.interrupt, contextlib.closing(self.record), self.world.watched(self.folder):
             if self.options.nEpochs == 0:
                 self._evaluate_all(self.epoch)
             elif self.guard and not (self.folder / "good.pt").exists():
@@ -230,8 +229,10 @@ class Engine:
             due = (self.global_step + 1) % options.log_every == 0 or self.step + 1 == self.steps_per_epoch
             if self.norms:
                 self.norms.watching = due
-            terms, norm = self._gradient(group)
-            verdict = self._apply(norm)
+            with enough_memory(self._saved_and_what_fits):
+                terms, norm = self._gradient(group)
+            with enough_memory(self._what_fits):  # not saved: some weights may have had their step
+                verdict = self._apply(norm)
             self.step += 1
             self.global_step += 1
             if verdict is Verdict.STEP:
@@ -264,12 +265,15 @@ class Engine:
                 if self.world.any(not math.isfinite(loss.item())):
                     if self.guard:
                         return means, torch.tensor(math.nan)
-                    self._give_up(batch, terms)
+                    self._give_up("loss", [batch], terms)
                 loss.backward()
         most = self.options.grad_clip or math.inf
         if self.guard:
             most = min(most, self.guard.limit(self.guard.CLIP))
-        return means, nn.utils.clip_grad_norm_([p for p in self.network.parameters() if p.grad is not None], most)
+        norm = nn.utils.clip_grad_norm_([p for p in self.network.parameters() if p.grad is not None], most)
+        if not self.guard and not math.isfinite(norm.item()):  # the same in all processes
+            self._give_up("gradient", group, means)
+        return means, norm
 
     def _apply(self, norm: Tensor) -> Verdict:
         """The optimiser's step, unless the guard finds the gradient's norm far from what it usually is."""
@@ -317,21 +321,47 @@ class Engine:
         return tensor.to(self.device, non_blocking=True)
 
     def _stop_if_asked(self) -> None:
+        """Where all processes are at the same point: end if a signal has come to any of them."""
         if self.world.any(self.interrupt.signal is not None):
             self._save()
             self.world.barrier()
             raise Interrupted(self.interrupt.signal or 15)
 
-    def _give_up(self, batch: dict, terms: dict[str, Tensor]) -> None:
-        """Save what is needed to look at a loss that isn't finite, and stop."""
+    def _give_up(self, what: str, batches: list[dict], terms: dict[str, Tensor]) -> None:
+        """Save what is needed to look at a loss or a gradient that isn't finite, and stop."""
         values = {key: value.item() for key, value in terms.items()}
         path = self.folder / f"nonfinite_step_{self.global_step}_rank_{self.world.rank}.pt"
-        tensors = {key: batch[key] for key in ("input", "target_t", "target_r")}
-        checkpoint.save(self.state() | {"batch": tensors, "names": list(batch["name"]), "terms": values}, path)
+        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in ("input", "target_t", "target_r")}
+        names = [name for batch in batches for name in batch["name"]]
+        checkpoint.save(self.state() | {"batch": tensors, "names": names, "terms": values}, path)
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         raise Diverged(
-            f"the loss of step {self.global_step} is not finite ({told}); the batch: {', '.join(batch['name'])}; "
-            f"weights, optimiser and batch of that step are in {path}"
+            f"the {what} of step {self.global_step} is not finite (losses: {told}); the batch: {', '.join(names)}; "
+            f"weights, optimiser and batch of that step are in {path}: tools/replay.py shows where it begins"
+        )
+
+    def _saved_and_what_fits(self) -> str:
+        self._save()
+        return f"{self._what_fits()}; saved before that step: --resume goes on there"
+
+    def _what_fits(self) -> str:
+        """What to do about a step that the memory isn't enough for, in words."""
+        options, ways = self.options, []
+        if options.batchSize > 1 and options.compile != "graphs":
+            part = max(size for size in range(1, options.batchSize) if options.batchSize % size == 0)
+            times = options.batchSize // part
+            ways.append(f"--batchSize {part} --accumulate {options.accumulate * times} (the same samples, 1/{times})")
+        if not options.checkpoint_activations:
+            ways.append("--checkpoint_activations (less than half, a third slower)")
+        bf16 = wants_bf16(options.precision, self.device)
+        if not bf16:
+            ways.append("--precision bf16 (about half, but another run)")
+        if (side := int(options.crop_size / math.sqrt(2)) // 16 * 16) >= LEAST_CROP:
+            ways.append(f"--crop_size {side} (about half, but another run)")
+        return (
+            f"not enough memory on {self.device} for step {self.global_step} with --batchSize {options.batchSize}, "
+            f"--crop_size {options.crop_size} and {'bf16' if bf16 else 'fp32'}; what takes less: "
+            + (", ".join(ways) or "a smaller --inet")
         )
 
     # ---- evaluation -------------------------------------------------------------------------------------------
@@ -379,8 +409,8 @@ class Engine:
         jobs, panels = [], []
 
         def predict(image: Tensor) -> tuple[Tensor, ...]:
-            self._stop_if_asked()
-            return self.model.predict(self._move(image), network)
+            with enough_memory(lambda: self._what_fits_of(name, image)):
+                return self.model.predict(self._move(image), network)
 
         batches = track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main)
         with ThreadPoolExecutor(4) as pool:
@@ -397,9 +427,22 @@ class Engine:
                     tiles = (one.mixture, one.transmission, one.target_t, one.reflection, one.target_r)
                     tiles = (*tiles, one.residue / 2 + 0.5)
                     panels.append(np.concatenate([_picture(tile) for tile in tiles], axis=1))
+                if self.interrupt.signal is not None:
+                    break  # the other processes learn of it behind the set: they may have fewer images
             done = [(image_name, job.result()) for image_name, job in jobs]
+        self._stop_if_asked()
         rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
         return sorted(rows, key=lambda row: row["name"]), panels
+
+    def _what_fits_of(self, name: str, image: Tensor) -> str:
+        """What to do about test images that the memory isn't enough for, in words."""
+        count, _, height, width = image.shape
+        ways = ["--eval_batch 1"] if count > 1 else ["--precision bf16", "leaving such images out"]
+        return (
+            f"not enough memory on {self.device} to separate {count} of {name} with {width}x{height} pixels; what "
+            f"takes less: {', '.join(ways)}; all steps of the epoch are saved: --resume evaluates it again "
+            "(tools/evaluate.py --protocol native separates images of any size, in tiles)"
+        )
 
 
 def _compile(model: nn.Module, graphs: bool, device: torch.device) -> None:

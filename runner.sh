@@ -92,6 +92,10 @@ export PYTHONUNBUFFERED=1           # so that a log file has each line at once
 # the last one counts, so what the user gives comes last. exec, so that signals reach Python itself.
 set -- train_sirs.py --inet "$model" --name "$model" --comment="$comment" --if_align --gpu_ids "$ids" "$@"
 if [ "$processes" -gt 1 ]; then
+    # What torchrun hands on to its processes: Slurm's warnings, too; not SIGHUP where it is ignored, as under nohup.
+    signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2
+    [ -n "$(trap -p HUP)" ] || signals=$signals,SIGHUP
+    export PET_SIGNALS_TO_HANDLE=$signals
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise torchrun's restarts find what the attempt before left there
     exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"
 fi

@@ -6,23 +6,30 @@ import sys
 from pathlib import Path
 
 from options import parse_train
+from util.console import never_fail
 from util.errors import UserError
+from util.interrupt import Interrupt, Interrupted
 
 
 def main() -> int:
     """The program; returns its exit status."""
+    never_fail()
     options = parse_train()
-    # Only now, so that --help and a mistyped option answer at once.
-    from models.arch import list_models
-
-    if options.list_models:
-        print("\n".join(list_models()))
-        return 0
     try:
-        return train(options)
+        with Interrupt(at_once=True):  # until `Engine.fit` has something to save
+            # Only now, so that --help and a mistyped option answer at once.
+            from models.arch import list_models
+
+            if options.list_models:
+                print("\n".join(list_models()))
+                return 0
+            return train(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"stopped by {stop.signal} while not training; nothing is lost")
+        return 128 + stop.number
 
 
 def train(options) -> int:
@@ -34,7 +41,7 @@ def train(options) -> int:
     Raises:
         UserError: for what a user can put right.
     """
-    from engine import Diverged, Engine, Interrupted
+    from engine import Diverged, Engine
     from models import build_model
     from models.arch import list_models
     from util import checkpoint

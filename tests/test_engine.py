@@ -165,12 +165,12 @@ def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_writes(path: Path, process: subprocess.Popen, count: int) -> None:
+def wait_for_writes(path: Path, process: subprocess.Popen, count: int, seconds: float = 120) -> None:
     """Wait until a file has been replaced so many times."""
     seen = set()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while len(seen) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
         if path.exists():
             seen.add(path.stat().st_ino)
         time.sleep(0.002)
@@ -378,8 +378,10 @@ def test_published_average_is_weighted_by_counts(tmp_path):
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + '\n{"epoch": 2, "st')
-    assert read_metrics(tmp_path) == [{"epoch": 1}]
+    line = {"epoch": 1, "step": 4, "set": "val", "estimate": "model", "count": 2}
+    line |= {"PSNR": 20.0, "SSIM": 0.9, "LMSE": 0.1, "NCC": 0.9, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + '\n{"epoch": 2, "st')
+    assert read_metrics(tmp_path) == [line]
 
 
 def test_data_problems_are_told_before_anything_is_created(tiny_data, tmp_path):

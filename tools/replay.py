@@ -1,9 +1,10 @@
-"""What happened in a step whose loss wasn't finite: the step once more, block by block.
+"""What happened in a step whose loss or gradient wasn't finite: the step once more, block by block.
 
     python tools/replay.py checkpoints/mdsrnet_v1_l/nonfinite_step_81234_rank_0.pt
 
 The file has the weights, the batch and the options of that step. Shows the losses, and for every block the root mean
-square of what comes in and what goes out, the first one that isn't finite marked.
+square of what comes in, of what goes out, and of the gradients of both, with a mark where the first one that isn't
+finite comes from.
 """
 
 import argparse
@@ -13,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.console import never_fail
 from util.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
+    never_fail()
     parser = argparse.ArgumentParser(
         prog="replay.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,36 +51,55 @@ def replay(options: argparse.Namespace) -> None:
 
     state = checkpoint.load(options.file)
     if not {"batch", "names", "network", "inet", "options"} <= state.keys():
-        raise UserError(f"{options.file}: not a saved step; a run leaves one when a loss is not finite")
+        raise UserError(f"{options.file}: not a saved step; a run leaves one when a loss or a gradient is not finite")
     recipe = state["options"]
     network = create_model(state["inet"])
     network.load_state_dict(state["network"])
     vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
     loss = ReflectionLoss(vgg, lambda_vgg=recipe["lambda_vgg"], lambda_rec=recipe["lambda_rec"])
     model = DSRNetModel(network, vgg, loss, bf16=wants_bf16(recipe["precision"], torch.device("cpu")))
-    rows = []
+    rows: dict[str, dict[str, float]] = {}
 
     def size(x: torch.Tensor) -> float:
-        return x.float().square().mean().sqrt().item()
+        return x.detach().float().square().mean().sqrt().item()
+
+    def watch(name: str, came: torch.Tensor, went: torch.Tensor) -> None:
+        rows[name] = {"in": size(came), "out": size(went), "largest": went.detach().abs().max().item()}
+        for what, x in (("grad in", came), ("grad out", went)):
+            rows[name][what] = 0.0  # of what nothing is learnt from, such as VGG19's features
+            if x.requires_grad:
+                x.register_hook(lambda grad, what=what: rows[name].update({what: size(grad)}))
 
     for name, part in network.named_modules():
         if isinstance(part, Block):
-            part.register_forward_hook(
-                lambda _, came, went, name=name: rows.append((name, size(came[0]), size(went), went.abs().max().item()))
-            )
-    with torch.no_grad():
-        terms = model(*(state["batch"][key] for key in ("input", "target_t", "target_r")))
+            part.register_forward_hook(lambda _, came, went, name=name: watch(name, came[0], went))
+    terms = model(*(state["batch"][key] for key in ("input", "target_t", "target_r")))
+    sum(terms.values()).backward()
     print(f"{state['inet']}, step {state['global_step']}; {', '.join(state['names'])}")
     print("losses:  " + ", ".join(f"{key} {value.item():.4g}" for key, value in terms.items()))
-    bad = [name for name, value in state["network"].items() if not value.isfinite().all()]
-    print("weights: " + (f"not finite in {', '.join(bad[:5])} and {len(bad)} in all" if bad else "all finite"))
-    width = max(len(name) for name, *_ in rows)
-    print(f"\n{'block':{width}}  {'rms in':>9}  {'rms out':>9}  {'largest':>9}")
-    found = False
-    for name, came, went, most in rows:
-        mark = "" if found or math.isfinite(went) else "  <- the first that isn't finite"
-        found = found or bool(mark)
-        print(f"{name:{width}}  {came:9.3g}  {went:9.3g}  {most:9.3g}{mark}")
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    for what, tensors in (("weights", state["network"]), ("gradients", gradients)):
+        bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+        print(f"{what}: " + (f"not finite in {', '.join(bad[:5])} and {len(bad)} in all" if bad else "all finite"))
+    width = max(len(name) for name in rows)
+    columns = ("in", "out", "largest", "grad out", "grad in")
+    print(f"\n{'block':{width}}  " + "  ".join(f"{column:>9}" for column in columns))
+    mark = _marks(rows)
+    for name, row in rows.items():
+        print(f"{name:{width}}  " + "  ".join(f"{row[column]:9.3g}" for column in columns) + mark.get(name, ""))
+
+
+def _marks(rows: dict[str, dict[str, float]]) -> dict[str, str]:
+    """The block, if any, where the first value that isn't finite comes from; if there is none, the first gradient."""
+    for name, row in rows.items():
+        if not math.isfinite(row["out"]):
+            return {name: "  <- the first that isn't finite"}
+    for name, row in reversed(rows.items()):
+        if not math.isfinite(row["grad out"]):
+            return {name: "  <- its gradient comes in not finite"}
+        if not math.isfinite(row["grad in"]):
+            return {name: "  <- the first gradient that isn't finite"}
+    return {}
 
 
 if __name__ == "__main__":

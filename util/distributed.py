@@ -1,12 +1,22 @@
 """One process or several: the device of this one, and what the processes tell each other."""
 
+import contextlib
 import os
+import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from util.errors import UserError
+
+_PATIENCE = timedelta(minutes=20)  # for a process that lives but doesn't come: one may be compiling, or writing slowly
+_BEAT = 5.0  # seconds between two signs of life
+_MISSED = 9  # of another process, in a row, until it counts as lost
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,26 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def watched(self, folder: Path) -> Iterator[None]:
+        """Within the context, end this process when another one shows no life any more: it is stopped, or its machine.
+
+        Args:
+            folder: that all processes share; each one touches a file of its own there.
+        """
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+        files = [folder / f"alive_{rank}" for rank in range(self.size)]
+        thread = threading.Thread(target=_watch, args=(files, self.rank, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
     def close(self) -> None:
         """Leave the group of processes."""
         if self.size > 1:
@@ -79,8 +109,53 @@ def join(gpu_ids: list[int] | None) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     return World(device, rank, size)
+
+
+def _watch(files: list[Path], rank: int, over: threading.Event) -> None:
+    """Touch the file of this rank, look at the others', and end this process when one of them stands still.
+
+    Counted are missed beats, not seconds: those of a job that is suspended as a whole stand still, too. Nobody is
+    missed before the first sign of life, or after the last, when the file goes.
+    """
+    seen: dict[Path, int | None] = {}
+    missed: dict[Path, int] = {}
+    while not over.wait(_BEAT):
+        with contextlib.suppress(OSError):  # such as a full disk: the training will meet it, too
+            files[rank].touch()
+        for other, file in enumerate(files):
+            touched = _touched(file)
+            if touched is None:
+                missed.pop(file, None)
+            elif file in seen and touched != seen[file]:
+                missed[file] = 0
+            elif file in missed and other != rank:
+                missed[file] += 1
+                if missed[file] == _MISSED:
+                    _end(other, rank)
+            seen[file] = touched
+    files[rank].unlink(missing_ok=True)
+
+
+def _touched(file: Path) -> int | None:
+    """When, in nanoseconds; None where there is no such file. Opened, lest a network file system tell old news."""
+    try:
+        with file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _end(lost: int, rank: int) -> None:
+    """At once: the main thread may be waiting for what never comes."""
+    print(
+        f"error: the process of rank {lost} has shown no life for {_BEAT * _MISSED:g} s; rank {rank} ends, too "
+        "(torchrun --max-restarts starts all again, and --resume auto goes on from the last checkpoint)",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _device(gpu_ids: list[int] | None, local_rank: int, size: int) -> torch.device:
