@@ -10,6 +10,8 @@ after they were made or when this program ends.
 """
 
 import argparse
+import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,6 +40,7 @@ _ENVIRONMENT = {
 }
 # What the browser may load: nothing from elsewhere.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+_PREFIX = "sirr-app-"  # of the folders for temporary files
 _KEPT, _LOOK = 3600, 600  # seconds that files are kept for at most, and between looks for older ones
 _HEIGHT = 360  # of the photograph and the reflection on the page
 _CSS = "#separate { max-width: 24em } footer { display: none !important }"
@@ -96,7 +99,8 @@ def serve(options: argparse.Namespace) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the files are deleted
     os.environ.update(_ENVIRONMENT)
-    with tempfile.TemporaryDirectory(prefix="sirr-app-") as folder:
+    delete_orphans(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, claimed(Path(folder)):
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             import gradio  # noqa: F401
@@ -117,6 +121,23 @@ def serve(options: argparse.Namespace) -> None:
         print(f"Open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", file=sys.stderr)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run(sockets=[door])
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Within the context, and no longer than this process lives, the folder is no orphan."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def delete_orphans(parent: Path) -> None:
+    """Delete the folders of this user's pages that could not do it themselves, as after `kill -9`."""
+    for lock in parent.glob(f"{_PREFIX}*/.lock"):
+        with contextlib.suppress(OSError):  # in use, or gone
+            if lock.parent.lstat().st_uid == os.getuid():  # what others may have planted isn't even opened
+                with claimed(lock.parent):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
@@ -220,19 +241,21 @@ def separate_file(separator, path: Path, folder: Path) -> tuple[Path, Path, Path
         UserError: the file is not an image, damaged, or too large.
     """
     from util.images import read_image, write_image
+    from util.memory import enough_memory
 
-    try:
-        mixture = read_image(path)
-    except UserError as error:
-        raise UserError(f"{path.name}: {str(error).removeprefix(f'{path}: ')}") from error
-    start = time.perf_counter()
-    separation = separator.separate(mixture)
-    seconds = time.perf_counter() - start
     before = folder / f"{path.stem}.jpg"
     transmission, reflection = (folder / f"{path.stem}-{layer}.png" for layer in ("transmission", "reflection"))
-    write_image(before, mixture)
-    write_image(transmission, separation.transmission)
-    write_image(reflection, separation.reflection)
+    with enough_memory(lambda: f"{path.name}: too large for the memory that is free here; scale it down"):
+        try:
+            mixture = read_image(path)
+        except UserError as error:
+            raise UserError(f"{path.name}: {str(error).removeprefix(f'{path}: ')}") from error
+        start = time.perf_counter()
+        separation = separator.separate(mixture)
+        seconds = time.perf_counter() - start
+        write_image(before, mixture)
+        write_image(transmission, separation.transmission)
+        write_image(reflection, separation.reflection)
     height, width = mixture.shape[:2]
     return before, transmission, reflection, f"{width} × {height} pixels in {seconds:.2f} s"
 

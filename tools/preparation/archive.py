@@ -16,6 +16,7 @@ from util.progress import track
 
 _MOST_FILES = 1_000_000
 _CHUNK = 1 << 20
+_MOST_HEADER = 1 << 20  # bytes of a name or of a PAX header, which tarfile would read into memory whatever they are
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
 
@@ -60,6 +61,13 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
     _say_where(files, folder)
 
 
+class _TarInfo(tarfile.TarInfo):
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile's hook for subclasses
+        if self.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and self.size > _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)
+
+
 @contextmanager
 def _members(archive: Path) -> Iterator[Callable[[], Iterable[Member]]]:
     """An archive opened: a function that goes through its members."""
@@ -69,7 +77,7 @@ def _members(archive: Path) -> Iterator[Callable[[], Iterable[Member]]]:
         with zipfile.ZipFile(archive) as opened:
             yield lambda: _zip_members(opened)
     elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as opened:
+        with tarfile.open(archive, tarinfo=_TarInfo) as opened:
             yield lambda: _tar_members(opened)
     else:
         raise UserError(f"{archive}: neither a zip nor a tar archive, or not all of it")
