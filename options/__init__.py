@@ -144,7 +144,7 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = evaluate_parser()
     options = parser.parse_args(argv)
     _check_checkpoints(parser, options, options.checkpoints)
-    if not options.base_dir.is_dir():
+    if not arguments.is_folder(options.base_dir):
         parser.error(f"--base_dir {options.base_dir}: there is no such folder")
     if options.protocol == "published" and (options.tile or options.overlap or options.self_ensemble):
         parser.error("--tile, --overlap and --self_ensemble: only with --protocol native")
@@ -171,8 +171,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, objec
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {' '.join(str(error).split())}")
+    except Exception as error:  # yaml's constructors raise whatever a hostile text happens to trigger
+        parser.error(f"--config {path}: {' '.join(str(error).split()) or type(error).__name__}")
     if not isinstance(values, dict):
         parser.error(f"--config {path}: expected lines of the form 'option: value'")
     actions = {action.dest: action for action in parser._actions}
@@ -183,7 +183,10 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, objec
         if key in derived or value is None:
             continue
         if key not in known:
-            parser.error(f"--config {path}: there is no option '{key}'")
+            parser.error(f"--config {path}: there is no option {key!r}")
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float) for part in parts):
+            parser.error(f"--config {path}: {key} must be a plain value or a list of those")
         if isinstance(actions[key], argparse._StoreTrueAction):
             if not isinstance(value, bool):
                 parser.error(f"--config {path}: {key} is either true or false, not {value!r}")
@@ -191,6 +194,8 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, objec
         elif key == "gpu_ids" and isinstance(value, list):
             typed.append(f"--gpu_ids={','.join(map(str, value)) or '-1'}")
         elif isinstance(value, list):
+            if any(isinstance(part, str) and part.startswith("-") for part in value):
+                parser.error(f"--config {path}: {key} has another option within: {value!r}")
             typed += [f"--{key}", *map(str, value)]
         else:
             typed.append(f"--{key}={value}")
@@ -201,7 +206,7 @@ def _read_config(parser: argparse.ArgumentParser, path: Path) -> dict[str, objec
 def _check_checkpoints(parser: argparse.ArgumentParser, options: argparse.Namespace, files: Sequence[Path]) -> None:
     """What says which weights, and in what tiles they are used."""
     for file in files:
-        if not file.is_file():
+        if not arguments.is_file(file):
             parser.error(f"checkpoint {file}: there is no such file")
     if options.vgg_weights:
         _check_vgg_weights(parser, options)
@@ -210,7 +215,7 @@ def _check_checkpoints(parser: argparse.ArgumentParser, options: argparse.Namesp
 
 
 def _check_vgg_weights(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.vgg_weights not in {"imagenet", "random"} and not Path(options.vgg_weights).is_file():
+    if options.vgg_weights not in {"imagenet", "random"} and not arguments.is_file(options.vgg_weights):
         parser.error(f"--vgg_weights {options.vgg_weights}: neither 'imagenet', 'random' nor a file")
 
 
@@ -222,11 +227,12 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--mix: at least one of the three must be above 0")
     if options.lr_min > options.lr and options.scheduler != "none":
         parser.error(f"--lr_min {options.lr_min} is above --lr {options.lr}")
-    if options.weight_path and not options.weight_path.is_file():
+    if options.weight_path and not arguments.is_file(options.weight_path):
         parser.error(f"--weight_path {options.weight_path}: there is no such file")
-    if options.name in {".", ".."} or "/" in options.name or "\\" in options.name:
-        parser.error(f"--name {options.name}: must be a plain folder name")
-    if not options.demo and not options.base_dir.is_dir():
+    if options.name in {".", ".."} or set(options.name) & set("/\\") or not options.name.isprintable():
+        option = "--inet" if options.name == options.inet else "--name"
+        parser.error(f"{option} {options.name!r}: must be a plain folder name")
+    if not options.demo and not arguments.is_folder(options.base_dir):
         parser.error(f"--base_dir {options.base_dir}: there is no such folder")
     _check_vgg_weights(parser, options)
     if options.compile == "graphs" and options.accumulate > 1:

@@ -5,11 +5,22 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+_MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; False, where `Path.is_file` raises, for a name that no file can have."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """As `is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    value = int(text)
+    value = natural_int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
@@ -28,7 +39,14 @@ def natural_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"{text} is above {_MOST}")
     return value
+
+
+def readable(text: str) -> str:
+    """argparse type: text as it was typed, in UTF-8 whatever the locale; bytes that are no text become \\x.."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def natural_float(text: str) -> float:
@@ -64,7 +82,7 @@ def module_of(folder: str):
     """argparse type: the name of a Python file in `folder`, so that one's own file can be named."""
 
     def check(name: str) -> str:
-        if not (ROOT / folder / f"{name}.py").is_file():
+        if not (name.isidentifier() and is_file(ROOT / folder / f"{name}.py")):
             found = sorted(path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
             raise argparse.ArgumentTypeError(f"there is no {folder}/{name}.py; there are {', '.join(found)}")
         return name
@@ -76,7 +94,9 @@ def module_of(folder: str):
 def add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run", "what this run is, where it is kept and how it starts")
     group.add_argument("--name", metavar="NAME", help="folder of the run under --checkpoints_dir (default: --inet)")
-    group.add_argument("--comment", default="", metavar="TEXT", help="what this run is, recorded with it")
+    group.add_argument(
+        "--comment", type=readable, default="", metavar="TEXT", help="what this run is, recorded with it"
+    )
     group.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
                        help="folder of all runs")  # fmt: skip
     group.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, shell scripts, tests. Arguments go to pytest: ./tests/run.sh -k scan
+# Lint, format, shell scripts, tests. Arguments go to pytest: ./tests/run.sh -k scan; ./tests/run.sh -m slow runs
+# those that it leaves out otherwise.
 set -uo pipefail
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../tools/environment.sh"

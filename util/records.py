@@ -5,6 +5,7 @@ newest picture of each set) and TensorBoard's events. Everything that shows or c
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import platform
@@ -164,15 +165,34 @@ class Record:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The whole lines of a run's metrics.jsonl: one cut short by a kill, or damaged, is left out."""
     path = folder / "metrics.jsonl"
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if _is_whole(line)]
+
+
+def _is_whole(line: object) -> bool:
+    """Whether a line has all keys, each with a value of its kind."""
+    return isinstance(line, dict) and all(_KINDS[key](line.get(key)) for key in _KINDS)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+_KINDS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
+_KINDS |= dict.fromkeys(METRICS, _is_number)
 
 
 def table(lines: list[dict]) -> str:
@@ -183,7 +203,7 @@ def table(lines: list[dict]) -> str:
     epoch = model[-1]["epoch"]
     rows = [("set", "images", "input PSNR/SSIM", f"epoch {epoch} PSNR/SSIM", "gain PSNR/SSIM")]
     for line in (line for line in model if line["epoch"] == epoch):
-        before = next(i for i in lines if i["set"] == line["set"] and i["estimate"] == "input")
+        before = next((i for i in lines if i["set"] == line["set"] and i["estimate"] == "input"), line)
         rows.append(
             (
                 line["set"],

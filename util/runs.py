@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,6 @@ SCORES = ("PSNR", "SSIM")
 _MARKS = ("options.yaml", "metrics.jsonl", "last.pt", "best.pt")
 _EVENTS = "events.out.tfevents.*"
 _HEAD = re.compile(r"# .*, started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), torch ([^\s,]+), (.+)")
-_LINE = {"epoch": int, "step": int, "set": str, "estimate": str, "count": int, "PSNR": float, "SSIM": float}
 
 
 @dataclass
@@ -156,13 +156,13 @@ def _read_options(run: Run) -> None:
     except FileNotFoundError:
         run.problems.append("no options.yaml")
         return
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        run.problems.append(f"options.yaml: {' '.join(str(error).split())}")
+    except Exception as error:  # yaml's constructors raise whatever a damaged text happens to trigger
+        run.problems.append(f"options.yaml: {' '.join(str(error).split()) or type(error).__name__}")
         return
     if not isinstance(options, dict):
         run.problems.append("options.yaml: no lines of the form 'option: value'")
         return
-    run.options = {str(key): value for key, value in options.items()}
+    run.options = {str(key): value for key, value in options.items() if _is_plain(value)}
     if head := _HEAD.match(text):
         run.started, run.torch, run.machine = head.groups()
 
@@ -172,27 +172,26 @@ def _read_lines(run: Run) -> None:
 
     path = run.folder / "metrics.jsonl"
     try:
-        lines = read_metrics(run.folder)
-        written = len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
-    except (OSError, UnicodeDecodeError) as error:
+        run.lines = read_metrics(run.folder)
+        written = len(path.read_bytes().splitlines()) if path.exists() else 0
+    except OSError as error:
         run.problems.append(f"metrics.jsonl: {' '.join(str(error).split())}")
         return
-    run.lines = [line for line in lines if _is_whole(line)]
     if written > len(run.lines):
         run.problems.append(f"metrics.jsonl: {written - len(run.lines)} of {written} lines can't be read")
     if not run.lines:
         run.problems.append("nothing has been evaluated")
 
 
-def _is_whole(line: object) -> bool:
-    """Whether a line has all keys, each with a value of its kind."""
-    return isinstance(line, dict) and all(
-        isinstance(line.get(key), (int, float) if kind is float else kind) for key, kind in _LINE.items()
-    )
+def _is_plain(value: object) -> bool:
+    """Whether it is a value as `options.as_text` writes it."""
+    parts = value if isinstance(value, list) else [value]
+    return all(part is None or isinstance(part, str | int | float) for part in parts)
 
 
 def _span(path: Path) -> float | None:
-    """Seconds between the first and the last record of an events file, of which only the heads are read.
+    """Seconds between the first and the last record of an events file, of which only the heads are read; a clock that
+    was set back in between costs no more than the seconds to the next record.
 
     A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
     and its time.
@@ -211,4 +210,4 @@ def _span(path: Path) -> float | None:
                 file.seek(after)
     except OSError:
         return None
-    return times[-1] - times[0] if times else None
+    return sum(max(0.0, later - earlier) for earlier, later in pairwise(times)) if times else None
