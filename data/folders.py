@@ -4,14 +4,14 @@ import hashlib
 import os
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from util.errors import UserError
+from util.errors import UserError, printable
 from util.images import SUFFIXES, check_image
 
 PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
@@ -57,6 +57,7 @@ class Sets:
         mix: share of each source that is there and used, in the order of --mix; sums to 1.
         missing: a line for each thing that is not there.
         image_sizes: width and height of every image.
+        left_out: a line for each thing that can't be used and that --skip_bad_images has left out.
     """
 
     photographs: list[Path]
@@ -66,6 +67,7 @@ class Sets:
     mix: dict[str, float]
     missing: list[str]
     image_sizes: dict[Path, tuple[int, int]]
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -81,51 +83,72 @@ class Sets:
             lines.append(f"training samples: {', '.join(parts)}; {len(self.validation)} pairs held out")
         if self.tests:
             lines.append("test images: " + ", ".join(f"{name} {len(pairs)}" for name, pairs in self.tests.items()))
+        if self.left_out:
+            lines.append(f"WARNING: {_listed(self.left_out, 'cannot be used and are left out')}")
+            lines.append("WARNING: figures of a test set that lacks images don't compare with those of the whole set.")
         return lines + self.missing
 
 
 def discover(options: Namespace) -> Sets:
     """Find, pair and check everything below --base_dir.
 
+    Test images and held-out ones are decoded, as an evaluation stops at one that is damaged; photographs and training
+    pairs, which are many, get a glance at their beginning and end.
+
     Args:
-        options: base_dir, max_dataset_size, demo and nEpochs are used; mix and val_split, too, if nEpochs is
-            above 0 (otherwise the training sets are not even looked for).
+        options: base_dir, max_dataset_size, demo, skip_bad_images and nEpochs are used; mix and val_split, too, if
+            nEpochs is above 0 (otherwise the training sets are not even looked for).
 
     Returns:
         The sets that are there.
 
     Raises:
-        UserError: there is nothing to do what was asked for, or there are files that cannot be used (damaged
-            images, images without a partner, pairs of different size), all of which the one message lists.
+        UserError: there is nothing to do what was asked for, or there are files that cannot be used (damaged images,
+            images without a partner, pairs of different size, names that no record could hold) and are not to be
+            skipped, all of which the one message lists.
     """
     base, limit = options.base_dir, options.max_dataset_size
     problems: list[str] = []
     photographs: list[Path] = []
     pairs: dict[str, list[Pair]] = {}
+    validation: list[Pair] = []
     training = options.nEpochs > 0
     if training:
         photographs = find_images(base / PHOTOGRAPHS)[:limit]
-        pairs = {name: find_pairs(base / folder, problems)[:limit] for name, folder in PAIR_SETS.items()}
+        for name, folder in PAIR_SETS.items():
+            found = find_pairs(base / folder, problems)[:limit]
+            held_out = _held_out(found, options.val_split)
+            validation += [pair for pair in found if pair in held_out]
+            pairs[name] = [pair for pair in found if pair not in held_out]
     tests = {name: find_pairs(folder, problems)[:limit] for name, folder in find_test_sets(base / "test").items()}
-    tests = {name: found for name, found in tests.items() if found}
-    image_sizes = _check(photographs, [*pairs.values(), *tests.values()], problems)
-    if problems:
-        more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
-        listed = "\n  ".join(problems[:_MOST_PROBLEMS] + more)
-        raise UserError(f"--base_dir {base}: {len(problems)} files cannot be used:\n  {listed}")
+    decoded = [*validation, *(pair for found in tests.values() for pair in found)]
+    glanced = [pair for found in pairs.values() for pair in found]
+    image_sizes, unusable = _check(base, photographs, glanced, decoded)
+    problems += unusable.values()
+    if problems and not options.skip_bad_images:
+        raise UserError(f"--base_dir {base}: {_listed(problems, 'cannot be used')}")
 
+    def usable(found: list[Pair]) -> list[Pair]:
+        return [pair for pair in found if not any(file in unusable for file in pair.files)]
+
+    photographs = [file for file in photographs if file not in unusable]
+    pairs = {name: usable(found) for name, found in pairs.items()}
+    validation = usable(validation)
+    tests = {name: kept for name, found in tests.items() if (kept := usable(found))}
     held = _count(photographs, pairs)
     if not (any(held.values()) if training else tests):
         wanted = "anything to train on" if training else "a test set"
         raise UserError(f"--base_dir {base}: there isn't {wanted}. {_LAYOUT}")
     mix, missing = _mix(held, options) if training else ({}, [])
     missing += _missing_tests(tests, options.demo)
-    validation: list[Pair] = []
-    for name, found in pairs.items():
-        held_out = _held_out(found, options.val_split)
-        validation += [pair for pair in found if pair in held_out]
-        pairs[name] = [pair for pair in found if pair not in held_out]
-    return Sets(photographs, pairs, validation, tests, mix, missing, image_sizes)
+    return Sets(photographs, pairs, validation, tests, mix, missing, image_sizes, problems)
+
+
+def _listed(problems: list[str], what: str) -> str:
+    """A headline and a line for each, up to a number that a screen can take."""
+    more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+    lines = [f"{len(problems)} files {what}:", *map(printable, problems[:_MOST_PROBLEMS]), *more]
+    return "\n  ".join(lines)
 
 
 def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, int]:
@@ -145,13 +168,14 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
-    """The pairs of a set by name; what has no partner goes to `problems`."""
-    layers = {}
+    """The pairs of a set by name; what has no partner, or is there twice, goes to `problems`."""
+    layers, doubled = {}, set()
     for layer in LAYERS:
         files = find_images(folder / layer)
         layers[layer] = {file.stem: file for file in files}
         for stem, count in Counter(file.stem for file in files).items():
             if count > 1:
+                doubled.add(stem)
                 problems.append(f"{folder / layer / stem}: {count} files of that name")
     # reflections are optional as a whole
     layers = {layer: files for layer, files in layers.items() if files or layer != REFLECTION}
@@ -159,6 +183,8 @@ def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
     complete = []
     for name in names:
         files = {layer: found[name] for layer, found in layers.items() if name in found}
+        if name in doubled:
+            continue
         if len(files) == len(layers):
             complete.append(Pair(name, files[MIXTURE], files[TRANSMISSION], files.get(REFLECTION)))
         else:
@@ -171,7 +197,12 @@ def find_test_sets(root: Path) -> dict[str, Path]:
     """Every folder below `root` (links followed) that has images in layers, by its name, or by its path below
     `root` where two share a name."""
     found, seen = [], set()
-    for place, folders, _ in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    for place, folders, _ in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(place)
         if real in seen:  # a link in a circle
             folders.clear()
@@ -186,30 +217,35 @@ def find_test_sets(root: Path) -> dict[str, Path]:
     }
 
 
-def _check(photographs: list[Path], sets: Iterable[list[Pair]], problems: list[str]) -> dict[Path, tuple[int, int]]:
-    """The sizes of all images; damaged ones and pairs of different size go to `problems`."""
-    pairs = [pair for found in sets for pair in found]
-    files = [*photographs, *(file for pair in pairs for file in pair.files)]
-    sizes = {}
+def _check(
+    base: Path, photographs: list[Path], glanced: list[Pair], decoded: list[Pair]
+) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
+    """The sizes of the images that can be used; of the others, pairs of different size included, what is wrong."""
+    whole = {file for pair in decoded for file in pair.files}
+    files = [*photographs, *(file for pair in (*glanced, *decoded) for file in pair.files)]
+    sizes, unusable = {}, {}
     with ThreadPoolExecutor(_CHECKERS) as pool:
-        outcomes = tqdm(pool.map(_size_or_problem, files), "checking images", len(files), leave=False,
-                        delay=_PATIENCE, disable=None)  # fmt: skip
+        outcomes = tqdm(pool.map(partial(_size_or_problem, base, whole), files), "checking images", len(files),
+                        leave=False, delay=_PATIENCE, disable=None)  # fmt: skip
         for file, outcome in zip(files, outcomes, strict=True):
             if isinstance(outcome, str):
-                problems.append(outcome)
+                unusable[file] = outcome
             else:
                 sizes[file] = outcome
-    for pair in pairs:
+    for pair in (*glanced, *decoded):
         for file in pair.files[1:]:
             if file in sizes and sizes.get(pair.mixture, sizes[file]) != sizes[file]:
                 (w, h), (expected_w, expected_h) = sizes[file], sizes[pair.mixture]
-                problems.append(f"{file}: {w}x{h} pixels, but {pair.mixture} has {expected_w}x{expected_h}")
-    return sizes
+                unusable[file] = f"{file}: {w}x{h} pixels, but {pair.mixture} has {expected_w}x{expected_h}"
+    return sizes, unusable
 
 
-def _size_or_problem(file: Path) -> tuple[int, int] | str:
+def _size_or_problem(base: Path, whole: set[Path], file: Path) -> tuple[int, int] | str:
+    name = str(file.relative_to(base))
+    if name != printable(name):
+        return f"{file}: a name with control characters or bytes that aren't UTF-8; rename it"
     try:
-        return check_image(file)
+        return check_image(file, decoded=file in whole)
     except UserError as error:
         return str(error)
 
@@ -251,4 +287,5 @@ def _held_out(pairs: list[Pair], share: float) -> set[Pair]:
 
 def _position(pair: Pair) -> float:
     """A name's place in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(pair.name.encode(), digest_size=4).digest(), "big") / 2**32
+    name = pair.name.encode("utf-8", "surrogateescape")  # also one that isn't UTF-8, which is refused later
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") / 2**32

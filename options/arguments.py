@@ -201,6 +201,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                        help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
     group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
                        help="use at most so many photographs, training pairs and test pairs of each set")  # fmt: skip
+    group.add_argument("--skip_bad_images", action="store_true",
+                       help="leave out images that can't be used, a pair as a whole, and say which; without it they "
+                            "stop the run before it starts")  # fmt: skip
     group.add_argument("--val_split", type=fraction, default=0.05, metavar="SHARE",
                        help="share of the training pairs held out, by a hash of the file's name, to pick "
                             "the best epoch; 0 trains on all pairs")  # fmt: skip

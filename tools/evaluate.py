@@ -26,8 +26,8 @@ from util.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from torch.utils.data import DataLoader
 
+    from data import Loader
     from models.separator import Separator
     from util.evaluation import Separated
 
@@ -105,7 +105,12 @@ def evaluate(options: Namespace) -> None:
     keep_freed_memory()
     # All that discover and the loaders look at; `demo` keeps the former from telling what `doubts` tells.
     chosen = Namespace(
-        **vars(options), demo=True, nEpochs=0, dataset="sirs_dataset", if_align=options.protocol == "published"
+        **vars(options),
+        demo=True,
+        nEpochs=0,
+        dataset="sirs_dataset",
+        if_align=options.protocol == "published",
+        skip_bad_images=False,
     )
     sets = data.discover(chosen)
     counts = {name: len(pairs) for name, pairs in sets.tests.items()}
@@ -155,7 +160,7 @@ def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
 
 def measure_set(
     separator: "Separator",
-    loader: "DataLoader",
+    loader: "Loader",
     name: str,
     protocol: str,
     lpips: Callable[["Tensor", "Tensor"], float] | None,

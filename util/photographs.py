@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from util.errors import UserError
-from util.images import JPEG_QUALITY, SUFFIXES, is_deep, opened, to_rgb
+from util.images import JPEG_QUALITY, SUFFIXES, decode, is_deep, opened, to_rgb
 
 FORMATS = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp", "heic": ".heic"}
 """What can be written, and the usual suffix."""
@@ -102,7 +102,7 @@ def read_photograph(path: Path) -> Photograph:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with opened(path) as image:
-            deep = _read_deep(path) if is_deep(image) else None
+            deep = _read_deep(image) if is_deep(image) else None
             if image.format == "PNG":
                 image.load()  # EXIF may stand behind the pixels; of a TIFF it can't be read any more after them
             orientation, exif = image.getexif().get(_ORIENTATION, 1), _cleaned(image.getexif())
@@ -165,9 +165,9 @@ def _split(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
     return np.asarray(to_rgb(image)), alpha
 
 
-def _read_deep(path: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
+def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Colours and alpha of a 16-bit file, as they are stored; None where OpenCV finds no 16 bits."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    pixels = decode(image, cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         return None
     if pixels.ndim == 2:
