@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
+from data.loader import Loader
 from models.arch.blocks import Block
 from models.weights import check_finite
 from options import as_text
@@ -45,9 +45,9 @@ LEAST_CROP = 64
 class Loaders:
     """What the engine trains on, picks the best epoch by, and reports."""
 
-    train: DataLoader | None
-    val: DataLoader | None
-    tests: dict[str, DataLoader]
+    train: Loader | None
+    val: Loader | None
+    tests: dict[str, Loader]
 
 
 class Diverged(Exception):
@@ -224,7 +224,7 @@ class Engine:
         self.model.train()
         while self.step < self.steps_per_epoch:
             began = time.perf_counter()
-            group = [next(batches) for _ in range(options.accumulate)]
+            group = self._next(batches)
             window.waited += time.perf_counter() - began
             due = (self.global_step + 1) % options.log_every == 0 or self.step + 1 == self.steps_per_epoch
             if self.norms:
@@ -241,7 +241,8 @@ class Engine:
                 progress.say(self._after_skip(verdict, norm.item()))
             if due:
                 norms = self.norms.values() if self.norms else {}
-                self.record.scalars(self.global_step, window.values(self.world) | norms | {"train/lr": self._rate()})
+                values = window.values(self.world) | norms | self._faults() | {"train/lr": self._rate()}
+                self.record.scalars(self.global_step, values)
                 window = _Window(self.device)
             progress.step(f"loss {float(sum(terms.values())):.4f}, lr {self._rate():.2e}")
             self._stop_if_asked()
@@ -249,6 +250,36 @@ class Engine:
                 self._save()
         progress.close()
         self._save()
+
+    def _next(self, batches: Iterator[dict]) -> list[dict]:
+        """The batches of a step.
+
+        Raises:
+            UserError: they can't be had; with the state saved.
+        """
+        group, trouble = [], None
+        try:
+            group = [next(batches) for _ in range(self.options.accumulate)]
+        except UserError as error:
+            trouble = error
+        self._stop_for(trouble)
+        return group
+
+    def _stop_for(self, trouble: UserError | None) -> None:
+        """Save the state and stop, if any process has trouble with its data."""
+        if self.world.any(trouble is not None):
+            told = str(trouble or "another process cannot read its data")
+            if self.options.nEpochs:
+                self._save()
+                self.world.barrier()
+                told += f"; saved after step {self.global_step}; --resume continues {self.folder}"
+            raise UserError(told) from trouble
+
+    def _faults(self) -> dict[str, float]:
+        """What the data's loaders of all processes have had to put right in this epoch."""
+        faults = self.loaders.train.faults
+        counts = self.world.mean(torch.tensor([*faults.values()], dtype=torch.float32, device=self.device))
+        return {f"data/{name}": count * self.world.size for name, count in zip(faults, counts.tolist(), strict=True)}
 
     def _gradient(self, group: list[dict]) -> tuple[dict[str, Tensor], Tensor]:
         """The mean of the loss's terms over the group's batches; its gradient, clipped; the norm it had before."""
@@ -395,7 +426,7 @@ class Engine:
             told = "  ".join(f"{line['set']} {line['PSNR']:.2f}/{line['SSIM']:.3f}" for line in lines)
             print(f"epoch {epoch}: {told}", flush=True)
 
-    def evaluate(self, loader: DataLoader, name: str) -> tuple[list[dict], list[np.ndarray]]:
+    def evaluate(self, loader: Loader, name: str) -> tuple[list[dict], list[np.ndarray]]:
         """Metrics of every image of a set, and pictures of its first ones.
 
         The metrics are computed, and pictures written, in threads beside a GPU's forward passes; a CPU's use all cores
@@ -403,16 +434,28 @@ class Engine:
 
         Returns:
             Rows as `Record.evaluation` takes them, by name, and --panels rows of a picture.
+
+        Raises:
+            UserError: an image can't be read, without which the means would be others; with the state saved.
         """
         self.model.eval()
         network = self.ema.module if self.ema else None
         jobs, panels = [], []
 
+        troubles: list[UserError] = []
+
         def predict(image: Tensor) -> tuple[Tensor, ...]:
             with enough_memory(lambda: self._what_fits_of(name, image)):
                 return self.model.predict(self._move(image), network)
 
-        batches = track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main)
+        def until_trouble(batches: Iterable[dict]) -> Iterator[dict]:
+            # Processes have different numbers of images, so they can only afterwards agree to stop.
+            try:
+                yield from batches
+            except UserError as error:
+                troubles.append(error)
+
+        batches = track(until_trouble(loader), f"evaluating {name}", len(loader), quiet=not self.world.is_main)
         with ThreadPoolExecutor(4) as pool:
             start = _at_once if self.device.type == "cpu" else pool.submit
             for one in separate(batches, predict):
@@ -431,6 +474,7 @@ class Engine:
                     break  # the other processes learn of it behind the set: they may have fewer images
             done = [(image_name, job.result()) for image_name, job in jobs]
         self._stop_if_asked()
+        self._stop_for(troubles[0] if troubles else None)
         rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
         return sorted(rows, key=lambda row: row["name"]), panels
 

@@ -1,24 +1,20 @@
 """Files into batches: what there is, and the loaders of training, validation and test."""
 
 import importlib
-import multiprocessing
-import os
-import signal
-import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from multiprocessing import forkserver
+from functools import partial
 
-import cv2
-import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from data.folders import Pair, Sets, discover
+from data.loader import Loader
 from data.transforms import generator
 from util.errors import UserError
 
 __all__ = [
     "EpochSampler",
+    "Loader",
     "Pair",
     "Sets",
     "build_test_loaders",
@@ -27,8 +23,10 @@ __all__ = [
     "discover",
 ]
 
-_ORDER = 3  # purpose of random numbers
-_PREFETCH = 4  # batches a worker makes ahead
+_ORDER, _SPARES = 3, 4  # purposes of random numbers
+_TRIES = 9  # to replace a sample that can't be read
+_MOST_REPLACED = 0.01  # share of a process's samples of an epoch
+_ALWAYS_REPLACED = 10  # samples of an epoch, however short it is
 _TEST_WORKERS = 2
 _WORTH_WORKERS = 64  # images: for fewer, starting workers takes longer than they save
 
@@ -67,8 +65,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return ([(epoch, int(index)) for index in order[start : start + self.batch_size]] for start in starts)
 
 
-def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> DataLoader:
+def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> Loader:
     """Batches of `TrainSet` samples, the same for any number of workers.
+
+    A sample whose files can't be read is replaced by that of another index of the epoch, drawn from seed, epoch and
+    index alone.
 
     Call `loader.batch_sampler.seek(epoch, step)` before every iteration; `len(loader)` is the batches of a
     whole epoch on one process.
@@ -89,15 +90,17 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
             f"an epoch of {len(dataset)} samples is smaller than one batch of {options.batchSize} on "
             f"{world_size} process{'es' * (world_size > 1)}: lower --batchSize or raise --epoch_size"
         )
-    return DataLoader(dataset, batch_sampler=sampler, **_workers(options, options.nThreads, persistent=True))
+    spares = partial(_spares, options.seed, len(dataset))
+    most = max(_ALWAYS_REPLACED, int(_MOST_REPLACED * len(sampler) * options.batchSize))
+    return Loader(dataset, sampler, options, options.nThreads, persistent=True, spares=spares, most_replaced=most)
 
 
-def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> DataLoader | None:
+def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> Loader | None:
     """The held-out pairs, or None if there are none; arguments as of `build_test_loaders`."""
     return _in_batches(options, sets, sets.validation[rank::world_size]) if sets.validation else None
 
 
-def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> dict[str, DataLoader]:
+def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> dict[str, Loader]:
     """A loader for every test set: `TestSet` samples, --eval_batch at once where their sizes are equal.
 
     Args:
@@ -108,7 +111,7 @@ def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size
     return {name: _in_batches(options, sets, pairs[rank::world_size]) for name, pairs in sets.tests.items()}
 
 
-def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> DataLoader:
+def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> Loader:
     """By name, except that an image may come early, with the first one of its size whose batch has room."""
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}
@@ -120,65 +123,15 @@ def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> DataLoader
         filling[size].append(index)
     dataset = _module(options).TestSet(options, pairs)
     workers = min(_TEST_WORKERS, options.nThreads) if len(pairs) >= _WORTH_WORKERS else 0
-    return DataLoader(dataset, batch_sampler=batches, **_workers(options, workers))
+    return Loader(dataset, batches, options, workers)
+
+
+def _spares(seed: int, length: int, key: tuple[int, int]) -> list[tuple[int, int]]:
+    """The samples that are tried, one after the other, in the place of one that can't be read."""
+    epoch, index = key
+    return [(epoch, int(other)) for other in generator(seed, epoch, index, _SPARES).integers(length, size=_TRIES)]
 
 
 def _module(options: Namespace):
     """The file of data/ that --dataset names."""
     return importlib.import_module(f"data.{options.dataset}")
-
-
-def _workers(options: Namespace, count: int, persistent: bool = False) -> dict[str, object]:
-    """The arguments of a DataLoader that say how samples are made and handed over."""
-    always = {
-        "pin_memory": torch.cuda.is_available() and options.gpu_ids != [],
-        # A loader draws a seed whenever it is iterated; from the global stream, that would make what follows
-        # depend on how often a run was resumed.
-        "generator": torch.Generator(),
-    }
-    if not count:
-        return always
-    return {
-        **always,
-        "num_workers": count,
-        "persistent_workers": persistent,
-        "prefetch_factor": _PREFETCH,
-        "worker_init_fn": _start_worker,
-        "multiprocessing_context": _context(options),
-    }
-
-
-def _context(options: Namespace):
-    """How worker processes come to be.
-
-    Not by forking this process: it has threads (CUDA, OpenMP, TensorBoard), and a lock that one of them holds
-    at that moment stays locked in the fork for good. A fork server is a process of its own, without such
-    threads, that imports the libraries once and forks from there, so that a worker starts in a moment all the
-    same.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"data.{options.dataset}"])
-    # What it ignores when it starts, its workers ignore from their first moment: Ctrl-C is for this process to
-    # handle, and would otherwise end a worker that has just begun.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return context
-
-
-def _start_worker(_: int) -> None:
-    """One thread a worker, which leaves Ctrl-C to the main process and doesn't outlive it."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # PyTorch's own watch compares process ids, which tells nothing under a fork server: it lives on
-    multiprocessing.parent_process().join()
-    os._exit(1)

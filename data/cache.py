@@ -1,6 +1,5 @@
 """Decoded training photographs, kept in memory that all workers of a process share."""
 
-import multiprocessing
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from util.errors import UserError
 from util.images import read_rgb
 
 _SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory; nothing is written there by name
-_COLUMNS = 3  # of an entry: where it starts, height, width
+_COLUMNS = 4  # of an entry: where it starts, height, width, whether it is whole
 
 
 class ImageCache:
@@ -22,16 +22,20 @@ class ImageCache:
     The first reader of a file decodes it and leaves the pixels for the others; what comes when the memory is full
     is decoded every time. Images are the same with and without.
 
+    Every worker has a part of the memory to itself, and what it leaves there counts only once it is whole: so there is
+    no lock, which a worker that is killed could take along, and none of its work that is half done is ever seen.
+
     Args:
         files: what will be read.
         budget: bytes to use at most; 0 keeps nothing.
+        workers: processes that will read, 0 if it is this one.
         least: short side, in pixels, that is enough; see `read_rgb`.
 
     Raises:
         UserError: the machine has less shared memory than that.
     """
 
-    def __init__(self, files: Sequence[Path], budget: int, least: int) -> None:
+    def __init__(self, files: Sequence[Path], budget: int, workers: int, least: int) -> None:
         self.least = least
         self.numbers = {file: number for number, file in enumerate(files if budget else ())}
         if not budget:
@@ -43,17 +47,16 @@ class ImageCache:
             )
         # A page counts only once it is written to, so room that is never needed takes no memory.
         self.pixels = torch.empty(budget, dtype=torch.uint8).share_memory_()
-        self.entries = torch.zeros(len(files) + 1, _COLUMNS, dtype=torch.int64).share_memory_()  # last: the end
-        self.lock = multiprocessing.get_context("spawn").Lock()
+        self.entries = torch.zeros(len(files), _COLUMNS, dtype=torch.int64).share_memory_()
+        self.used = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # bytes of each worker's part
 
     def read(self, file: Path) -> Image.Image:
         """As `read_rgb`, of the short side that is enough."""
         number = self.numbers.get(file)
         if number is None:
             return read_rgb(file, self.least)
-        with self.lock:
-            start, height, width = self.entries[number].tolist()
-        if height:
+        if self.entries[number, -1]:  # written last, so looked at first
+            start, height, width, _ = self.entries[number].tolist()
             pixels = self.pixels[start : start + 3 * height * width].view(height, width, 3)
             return Image.fromarray(pixels.numpy())
         image = read_rgb(file, self.least)
@@ -61,11 +64,16 @@ class ImageCache:
         return image
 
     def _keep(self, number: int, image: Image.Image) -> None:
+        worker = get_worker_info()
+        part = worker.id if worker else 0
+        room = len(self.pixels) // len(self.used)
+        used = int(self.used[part])
         pixels = torch.from_numpy(np.array(image)).flatten()
-        with self.lock:
-            start = int(self.entries[-1, 0])
-            if self.entries[number, 1] or start + len(pixels) > len(self.pixels):
-                return
-            self.pixels[start : start + len(pixels)] = pixels
-            self.entries[-1, 0] = start + len(pixels)
-            self.entries[number] = torch.tensor([start, image.height, image.width])
+        # Another worker may have kept the file by now; and where two do so at once, the later one's is used.
+        if self.entries[number, -1] or used + len(pixels) > room:
+            return
+        start = part * room + used
+        self.pixels[start : start + len(pixels)] = pixels
+        self.used[part] = used + len(pixels)
+        self.entries[number, :-1] = torch.tensor([start, image.height, image.width])
+        self.entries[number, -1] = 1

@@ -12,6 +12,7 @@ from data.cache import ImageCache
 from data.folders import Pair, Sets
 from data.synthesis import Blend, synthesize
 from data.transforms import Augmentation, augment, generator
+from util.errors import UserError
 from util.images import read_image, read_rgb
 
 _SAMPLE, _PARTNERS = 1, 2  # purposes of random numbers
@@ -29,7 +30,7 @@ class TrainSet(Dataset[Sample]):
     a real pair is mixture minus transmission, in -1..1.
 
     Args:
-        options: seed, crop_size, epoch_size and cache_images are used.
+        options: seed, crop_size, epoch_size, cache_images and nThreads are used.
         sets: what there is to train on, and in which mix.
     """
 
@@ -42,7 +43,8 @@ class TrainSet(Dataset[Sample]):
         self.bounds = np.cumsum(list(sets.mix.values()))[:-1]
         self.length = options.epoch_size or sum(sets.sizes.values())
         files = [*self.photographs, *(f for pairs in self.pairs.values() for p in pairs for f in p.files[:2])]
-        self.images = ImageCache(files, int(options.cache_images * 2**30), least=2 * self.crop_size)
+        budget = int(options.cache_images * 2**30)
+        self.images = ImageCache(files, budget, options.nThreads, least=2 * self.crop_size)
         self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -99,6 +101,8 @@ class TestSet(Dataset[Sample]):
         pair = self.pairs[index]
         read = _read_aligned if self.align else read_image
         mixture, t = read(pair.mixture), read(pair.transmission)
+        if mixture.shape != t.shape:
+            raise UserError(f"{pair.mixture} and {pair.transmission}: are not of one size any more")
         r = read(pair.reflection) if pair.reflection else mixture - t
         return _sample(mixture, t, r, pair.name)
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-
-from data import build_train_loader, discover
+from data import Loader, build_train_loader, discover
 from data.demo import build_demo
 from data.folders import Sets
 from options import parse_train
@@ -117,7 +115,7 @@ def measure(options: argparse.Namespace, folder: Path, sets: Sets, workers: int,
     return result
 
 
-def time_reading(loader: DataLoader) -> Callable[[], float]:
+def time_reading(loader: Loader) -> Callable[[], float]:
     """From now on, time the reading of images in this process; returns what tells the seconds so far."""
     images = loader.dataset.images
     read, spent = images.read, []

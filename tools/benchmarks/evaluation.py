@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from data import build_test_loaders, discover
+from data import Loader, build_test_loaders, discover
 from data.folders import MIXTURE, TRANSMISSION
 from engine import Engine, Loaders
 from models import build_model
@@ -73,7 +72,7 @@ def write_test_set(folder: Path, images: int, size: tuple[int, int]) -> None:
             coarse.resize(size, Image.Resampling.BICUBIC).save(folder / layer / f"{number:04}.png")
 
 
-def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tuple[Engine, DataLoader]:
+def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tuple[Engine, Loader]:
     """As train_sirs.py has it when it only evaluates; and the loader of the one test set."""
     given = {
         "inet": options.model,
@@ -94,7 +93,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
     return Engine(training, model, loaders, world, folder / "run"), loaders.tests[TEST_SET]
 
 
-def measure(engine: Engine, loader: DataLoader, repeats: int, device: str) -> dict[str, list[float]]:
+def measure(engine: Engine, loader: Loader, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of every evaluation and of every pass over its batches without anything else, in turn."""
     batches = [batch["input"].to(device) for batch in loader]
 
