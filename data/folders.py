@@ -241,13 +241,18 @@ def _check(
 
 
 def _size_or_problem(base: Path, whole: set[Path], file: Path) -> tuple[int, int] | str:
-    name = str(file.relative_to(base))
-    if name != printable(name):
-        return f"{file}: a name with control characters or bytes that aren't UTF-8; rename it"
     try:
+        check_name(base, file)
         return check_image(file, decoded=file in whole)
     except UserError as error:
         return str(error)
+
+
+def check_name(base: Path, file: Path) -> None:
+    """Raise a UserError if a file below `base` has a name that lists and records could not show as it is."""
+    name = str(file.relative_to(base))
+    if name != printable(name):
+        raise UserError(f"{printable(file)}: a name with control characters or bytes that aren't UTF-8; rename it")
 
 
 def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], list[str]]:

@@ -112,8 +112,6 @@ def opened(path: Path) -> Iterator[Image.Image]:
     name = printable(path)
     try:
         with _open_file(path, name) as file, Image.open(file, formats=_readable()) as image:
-            if not all(image.size):
-                raise UserError(f"{name}: has no pixels")
             if image.mode == "F":
                 raise UserError(f"{name}: floating-point images are not supported; convert it to 16 bits")
             yield image

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from util.errors import printable
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -20,12 +22,12 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, start: int = 0, quiet: bool = False):
-        self.title, self.total, self.done, self.start = title, total, start, start
+        self.title, self.total, self.done, self.start = printable(title), total, start, start
         self.began = self.last_line = time.monotonic()
         self.quiet = quiet
         self.bar = None
         if not quiet and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=start, desc=title, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=total, initial=start, desc=self.title, dynamic_ncols=True, leave=False)
 
     def step(self, told: str = "") -> None:
         """One step done; `told` is shown behind it."""

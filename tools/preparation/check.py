@@ -4,10 +4,11 @@ import hashlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from data.folders import PAIR_SETS, PHOTOGRAPHS, Pair, find_images, find_pairs, find_test_sets
-from util.errors import UserError
+from data.folders import PAIR_SETS, PHOTOGRAPHS, Pair, check_name, find_images, find_pairs, find_test_sets
+from util.errors import UserError, printable
 from util.images import read_rgb
 from util.progress import track
 
@@ -62,7 +63,7 @@ def check(base: Path, published: bool) -> int:
     if not base.is_dir():
         raise UserError(f"{base}: there is no such folder; name the data's, as in --base_dir of train_sirs.py")
     parts = _parts(base)
-    sizes, hashes = _decode(parts)
+    sizes, hashes = _decode(base, parts)
     for part in parts:
         part.problems += [] if part.name == "photographs" else _unequal(part, sizes)
     copies = _copies(parts, hashes)
@@ -106,12 +107,12 @@ def _differences(part: Part) -> list[str]:
     return [f"{part.count or 'none'} of {wanted} there"]
 
 
-def _decode(parts: list[Part]) -> tuple[dict[Path, tuple[int, int]], dict[Path, bytes]]:
+def _decode(base: Path, parts: list[Part]) -> tuple[dict[Path, tuple[int, int]], dict[Path, bytes]]:
     """Sizes of all images, and hashes of their pixels; what can't be decoded joins its set's problems."""
     sizes, hashes = {}, {}
     files = [(part, file) for part in parts for file in part.files]
     with ThreadPoolExecutor(_THREADS) as pool:
-        outcomes = pool.map(_fingerprint, (file for _, file in files))
+        outcomes = pool.map(partial(_fingerprint, base), (file for _, file in files))
         for (part, file), outcome in track(zip(files, outcomes, strict=True), "decoding images", len(files)):
             if isinstance(outcome, str):
                 part.problems.append(outcome)
@@ -120,9 +121,10 @@ def _decode(parts: list[Part]) -> tuple[dict[Path, tuple[int, int]], dict[Path, 
     return sizes, hashes
 
 
-def _fingerprint(file: Path) -> tuple[tuple[int, int], bytes] | str:
+def _fingerprint(base: Path, file: Path) -> tuple[tuple[int, int], bytes] | str:
     """Size and a hash of the pixels, or what is wrong with the file."""
     try:
+        check_name(base, file)
         image = read_rgb(file)
     except UserError as error:
         return str(error)
@@ -158,7 +160,16 @@ def _table(parts: list[Part], sizes: dict[Path, tuple[int, int]]) -> str:
         unit = "" if part.name == "photographs" else " pairs"
         wanted = {**TRAIN_COUNTS, **TEST_COUNTS}.get(part.name, "-")
         use = "training" if part.train else "test"
-        rows.append((part.name, use, f"{part.count}{unit}", str(wanted), _range(part, sizes), str(len(part.problems))))
+        rows.append(
+            (
+                printable(part.name),
+                use,
+                f"{part.count}{unit}",
+                str(wanted),
+                _range(part, sizes),
+                str(len(part.problems)),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -177,6 +188,6 @@ def _by(size: tuple[int, int]) -> str:
 def _tell(title: str, lines: list[str]) -> None:
     if lines:
         print(f"\n{title} ({len(lines)}):")
-        print("\n".join(f"  {line}" for line in lines[:_MOST_LINES]))
+        print("\n".join(f"  {printable(line)}" for line in lines[:_MOST_LINES]))
         if len(lines) > _MOST_LINES:
             print(f"  ... and {len(lines) - _MOST_LINES} more")
