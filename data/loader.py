@@ -1,9 +1,9 @@
 """Batches that outlive a file that can't be read and a worker that is killed."""
 
-import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
 from util.errors import UserError
 
@@ -23,7 +24,6 @@ MOST_RESTARTS = 3
 _PREFETCH = 4  # batches a worker makes ahead
 _PATIENCE = 2.0  # seconds until a worker that is gone is known to be
 _FULL = "/dev/shm is full; --nThreads 0 does without, docker run takes --ipc=host or --shm-size=8g"
-_log = logging.getLogger("data")
 
 
 class Loader:
@@ -101,12 +101,13 @@ class Loader:
 
     def _start(self) -> Iterator:
         """An iteration over the batches that are left, in new workers if there are none."""
-        before = set(multiprocessing.active_children())
+        if self._loader is None or not self._persistent:
+            self.workers = []
         if self._loader is None:
             self._loader = self._build()
+        before = set(multiprocessing.active_children())
         source = iter(self._loader)
-        started = set(multiprocessing.active_children()) - before
-        self.workers = list(started) or self.workers
+        self.workers = self.workers or list(set(multiprocessing.active_children()) - before)
         return source
 
     def _build(self) -> DataLoader:
@@ -137,7 +138,7 @@ class Loader:
             self.faults["replaced"] += 1
             if trouble not in self._told:
                 self._told.add(trouble)
-                _log.warning("WARNING: %s; another sample takes its place", trouble)
+                _warn(f"{trouble}; another sample takes its place")
         if self.faults["replaced"] > self._most_replaced:
             raise UserError(
                 f"{self.faults['replaced']} samples of this epoch could not be read, which is too many to replace; "
@@ -158,15 +159,18 @@ class Loader:
             Exception: the error is something else.
         """
         if not dead:
-            if "shared memory" in str(error):
+            if "</torch_" in str(error):  # a file in /dev/shm
                 raise UserError(f"a worker process has no room for its samples: {_FULL}") from error
             raise error
         reason = _cause_of_death(dead[0].exitcode)
         if self.faults["restarts"] == MOST_RESTARTS:
-            raise UserError(f"{reason} (after {MOST_RESTARTS} others in this epoch)") from error
+            raise UserError(f"{reason}; workers were started anew {MOST_RESTARTS} times before") from error
         self.faults["restarts"] += 1
-        _log.warning("WARNING: %s; all are started anew (%d of %d times)", reason, self.faults["restarts"],
-                     MOST_RESTARTS)  # fmt: skip
+        _warn(f"{reason}; all are started anew ({self.faults['restarts']} of {MOST_RESTARTS} times)")
+
+
+def _warn(text: str) -> None:
+    tqdm.write(f"WARNING: {text}", file=sys.stderr)  # clear of progress bars
 
 
 class _Rest:

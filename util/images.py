@@ -20,6 +20,7 @@ JPEG_QUALITY = 95
 # What PIL may take a file for, whatever its name. Its reader of PostScript, for one, runs another program.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "HEIF")
 _MOST_BYTES = 2**31  # of a file, as some formats are read as a whole
+_FEW_PIXELS, _MOST_PER_BYTE = 2**24, 2000  # more pixels than the first need a file with a byte for so many
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap width and height
 _ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL = 4096  # bytes at a file's end that are looked at, and in how many of them its end mark must be
@@ -40,7 +41,7 @@ def read_image(path: Path) -> np.ndarray:
     """
     with opened(path) as image:
         deep = _read_deep(image) if is_deep(image) else None
-        return np.asarray(to_rgb(image), np.float32) / 255 if deep is None else deep
+        return np.divide(to_rgb(image), 255, dtype=np.float32) if deep is None else deep
 
 
 def read_rgb(path: Path, least: int = 0) -> Image.Image:
@@ -106,12 +107,18 @@ def check_image(path: Path, decoded: bool = False) -> tuple[int, int]:
 def opened(path: Path) -> Iterator[Image.Image]:
     """The file opened by PIL, whatever goes wrong within becoming a UserError that names the file.
 
-    Nothing but a file is opened, none that claims more pixels than PIL's limit, and none is mapped into memory: one
-    that someone cuts short would end this process.
+    Nothing but a file is opened, and none is mapped into memory: one that someone cuts short would end this process.
+    What claims more pixels than PIL's limit, or a great many in a few bytes, is not decoded.
     """
     name = printable(path)
     try:
         with _open_file(path, name) as file, Image.open(file, formats=_readable()) as image:
+            size = os.fstat(file.fileno()).st_size
+            if math.prod(image.size) > max(_FEW_PIXELS, _MOST_PER_BYTE * size):
+                width, height = image.size
+                raise UserError(
+                    f"{name}: claims {width:,} x {height:,} pixels in {size:,} bytes; no photograph has that"
+                )
             if image.mode == "F":
                 raise UserError(f"{name}: floating-point images are not supported; convert it to 16 bits")
             yield image
@@ -194,7 +201,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "P":
         image = image.convert("RGBA")  # applies the palette where its transparency would only draw a warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:
