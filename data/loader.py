@@ -23,7 +23,7 @@ MOST_RESTARTS = 3
 
 _PREFETCH = 4  # batches a worker makes ahead
 _PATIENCE = 2.0  # seconds until a worker that is gone is known to be
-_FULL = "/dev/shm is full; --nThreads 0 does without, docker run takes --ipc=host or --shm-size=8g"
+_FULL = "/dev/shm is full; --nThreads 0 does without, docker run takes --ipc=host or --shm-size=8g"  # noqa: S108 - words
 
 
 class Loader:

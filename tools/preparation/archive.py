@@ -64,7 +64,7 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
 class _TarInfo(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile's hook for subclasses
         if self.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE) and self.size > _MOST_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+            raise UserError(f"{archive.name}: has a header of {self.size:,} bytes, which none needs")
         return super()._proc_member(archive)
 
 
@@ -76,11 +76,13 @@ def _members(archive: Path) -> Iterator[Callable[[], Iterable[Member]]]:
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             yield lambda: _zip_members(opened)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive, tarinfo=_TarInfo) as opened:
-            yield lambda: _tar_members(opened)
-    else:
-        raise UserError(f"{archive}: neither a zip nor a tar archive, or not all of it")
+        return
+    try:
+        opened = tarfile.open(archive, tarinfo=_TarInfo)  # noqa: SIM115 - closed below
+    except tarfile.TarError as error:
+        raise UserError(f"{archive}: neither a zip nor a tar archive, or not all of it") from error
+    with opened:
+        yield lambda: _tar_members(opened)
 
 
 def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
