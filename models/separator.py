@@ -21,11 +21,9 @@ from util.memory import available_memory, enough_memory
 
 PARTS = ("transmission", "reflection", "residue")
 
-# Memory that a forward pass in fp32 takes for every pixel, in bytes, in all networks and for each channel of the
-# U-Net's first level, with freed memory kept: rounded up from what dsrnet_s takes on a CPU (13,100). In bf16 it is half
-# of that (dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l 6,400).
-_BYTES_PER_PIXEL = 12_000
-_BYTES_PER_PIXEL_AND_CHANNEL = 40
+# Memory that a forward pass takes for every pixel, in bytes, in fp32 and in bf16, with freed memory kept: rounded up
+# from what it is on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l 6,400).
+_BYTES_PER_PIXEL = (18_500, 7_000)
 _SHARE = 0.5  # of the free memory that is used
 _LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
 _USUAL_OVERLAP = 128  # pixels; with more, results come no closer to those of the whole image
@@ -194,8 +192,7 @@ def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> 
 
 def default_tile(model: DSRNetModel, device: torch.device) -> int:
     """The side of a square that half of the device's free memory is enough for, within reason."""
-    cost = _BYTES_PER_PIXEL + _BYTES_PER_PIXEL_AND_CHANNEL * model.network.head.in_channels
-    pixels = _SHARE * available_memory(device) / (cost / 2 if model.bf16 else cost)
+    pixels = _SHARE * available_memory(device) / _BYTES_PER_PIXEL[model.bf16]
     side = int(math.sqrt(max(pixels, 0))) // tiles.ALIGNMENT * tiles.ALIGNMENT
     return min(max(side, _LEAST_TILE), _MOST_TILE)
 
