@@ -22,7 +22,8 @@ from util.memory import available_memory, enough_memory
 PARTS = ("transmission", "reflection", "residue")
 
 # Memory that a forward pass takes for every pixel, in bytes, in fp32 and in bf16, with freed memory kept: rounded up
-# from what it is on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l 6,400).
+# from what it is on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l
+# 6,400).
 _BYTES_PER_PIXEL = (18_500, 7_000)
 _SHARE = 0.5  # of the free memory that is used
 _LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
