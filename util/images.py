@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from util import disk
 from util.errors import UserError, printable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
@@ -73,10 +74,12 @@ def write_image(path: Path, array: np.ndarray) -> None:
     Raises:
         UserError: the file cannot be written, or no format has that suffix.
     """
-    try:
-        Image.fromarray(array if array.dtype == np.uint8 else _to_bytes(array)).save(path, quality=JPEG_QUALITY)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
+    image = Image.fromarray(array if array.dtype == np.uint8 else _to_bytes(array))
+    with disk.replacing(path) as temporary:
+        try:
+            image.save(temporary, quality=JPEG_QUALITY)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def check_image(path: Path, decoded: bool = False) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import platform
+import socket
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -16,14 +17,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from options import as_text
+from util import disk
 from util.images import write_image
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 PUBLISHED_SETS = ("real20_420", "SolidObjectDataset", "PostcardDataset", "WildSceneDataset")
 """The sets of the published average, weighted by their image counts."""
+
+_COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
+_EVENTS = "events.out.tfevents."
 
 
 class Record:
@@ -42,17 +50,22 @@ class Record:
         self.lines: list[dict] = []
         if not active:
             return
-        (folder / "per_image").mkdir(parents=True, exist_ok=True)
-        (folder / "panels").mkdir(exist_ok=True)
+        for part in ("per_image", "panels"):
+            with disk.writing(folder / part):
+                (folder / part).mkdir(parents=True, exist_ok=True)
         head = f"# {options.comment!r}, started {time.strftime('%Y-%m-%d %H:%M:%S')}, torch {torch.__version__}, "
         head += f"{platform.platform()}\n"
         text = yaml.safe_dump(as_text(options), sort_keys=True, allow_unicode=True)
-        (folder / "options.yaml").write_text(head + text, encoding="utf-8")
+        with disk.replacing(folder / "options.yaml") as path:
+            path.write_text(head + text, encoding="utf-8")
         self.metrics_path = folder / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(folder) if line["epoch"] <= epochs_done]
+        lines = [line for line in read_metrics(folder) if line["epoch"] <= epochs_done]
+        measured = {line["set"] for line in lines if line["estimate"] == "model"}  # its input is measured just before
+        self.lines = [line for line in lines if line["set"] in measured]
         self._rewrite()
-        self.writer = SummaryWriter(folder, purge_step=step if step else None)
-        self.writer.add_text("options", f"{options.comment}\n\n```yaml\n{text}```", step)
+        self._forget_tables(epochs_done)
+        self._events = _Events(folder, step)
+        self._events.add(summary.text("options", f"{options.comment}\n\n```yaml\n{text}```"), step)
 
     def has_input(self, name: str) -> bool:
         """Whether the untouched input of a set has been measured."""
@@ -70,11 +83,10 @@ class Record:
             self._line(0, 0, name, "input", len(rows), _mean([row["input"] for row in rows]), 0.0)
         self._line(epoch, step, name, "model", len(rows), _mean([row["model"] for row in rows]), seconds)
         path = self._table(epoch)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with disk.writing(path), path.open("a", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            if new:
-                table.writerow(["set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS)])
+            if not file.tell():
+                table.writerow(_COLUMNS)
             for row in rows:
                 values = [*(row["model"][m] for m in METRICS), *(row["input"][m] for m in METRICS)]
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
@@ -92,9 +104,9 @@ class Record:
         self._rewrite()
         path = self._table(epoch)
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.reader(file) if row and row[0] not in names]
-            with path.open("w", newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0] not in names]
+            with disk.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)
 
     def averages(self, epoch: int, step: int) -> None:
@@ -130,7 +142,7 @@ class Record:
         """Points of TensorBoard's curves."""
         if self.active:
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, step)
+                self._events.add(summary.scalar(tag, value), step)
 
     def panel(self, step: int, name: str, images: list[np.ndarray]) -> None:
         """A set's picture: rows of (H, W, 3) images in 0..1, to TensorBoard and, the newest only, to panels/."""
@@ -138,19 +150,19 @@ class Record:
             width = max(image.shape[1] for image in images)
             padded = [np.pad(i, ((0, 8), (0, width - i.shape[1]), (0, 0)), constant_values=1.0) for i in images]
             picture = np.concatenate(padded)
-            self.writer.add_image(f"panels/{name}", picture, step, dataformats="HWC")
+            self._events.add(summary.image(f"panels/{name}", picture, dataformats="HWC"), step)
             write_image(self.folder / "panels" / f"{name}.png", picture)
 
     def close(self) -> None:
-        """Flush what is buffered."""
+        """Close what is open."""
         if self.active:
-            self.writer.close()
+            self._events.close()
 
     def _line(self, epoch: int, step: int, name: str, estimate: str, count: int, values: dict, seconds: float) -> None:
         line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": count}
         line |= {metric: values[metric] for metric in METRICS} | {"seconds": round(seconds, 3)}
         self.lines.append(line)
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        with disk.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if estimate == "model":
             self.scalars(step, {f"{name}/{metric}": values[metric] for metric in METRICS})
@@ -159,9 +171,52 @@ class Record:
         return self.folder / "per_image" / f"epoch_{epoch:03}.csv"
 
     def _rewrite(self) -> None:
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        temporary.replace(self.metrics_path)
+        with disk.replacing(self.metrics_path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+    def _forget_tables(self, epochs_done: int) -> None:
+        """Remove those of later epochs, which a resumed run makes again."""
+        for path in (self.folder / "per_image").glob("epoch_*.csv"):
+            number = path.stem.removeprefix("epoch_")
+            if number.isdigit() and int(number) > epochs_done:
+                with disk.writing(path):
+                    path.unlink()
+
+
+class _Events:
+    """TensorBoard's file of events, written at once and in this thread.
+
+    A SummaryWriter's thread tells of a full disk minutes later or, at the end, not at all.
+
+    Args:
+        folder: of the run.
+        step: of the optimiser; points from there on that earlier files have are void.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        # TensorBoard reads the files by name; the clock may have been set back since the last one.
+        numbers = [int(part) for path in folder.glob(f"{_EVENTS}*") if (part := path.name.split(".")[3]).isdigit()]
+        number = max([int(time.time()), *(number + 1 for number in numbers)])
+        self.path = folder / f"{_EVENTS}{number:010}.{socket.gethostname()}"
+        with disk.writing(self.path):
+            self._file = self.path.open("wb")
+        self._writer = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        if step:
+            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, content: Summary, step: int) -> None:
+        self._write(Event(step=step, summary=content))
+
+    def close(self) -> None:
+        with disk.writing(self.path):
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with disk.writing(self.path):
+            self._writer.write(event.SerializeToString())
+            self._file.flush()
 
 
 def read_metrics(folder: Path) -> list[dict]:
