@@ -20,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data.loader import Loader
 from models.arch.blocks import Block
-from models.weights import check_finite
+from models.weights import check_finite, check_fit
 from options import as_text
-from util import checkpoint
+from util import checkpoint, disk, resume
 from util.distributed import World, wants_bf16
 from util.errors import UserError
 from util.evaluation import measure, separate
@@ -34,8 +34,9 @@ from util.norms import Norms
 from util.progress import Progress, track
 from util.records import Record
 
-FORMAT = 1
-"""Of the checkpoints; a later one is refused."""
+_KINDS = {"inet": str, "options": dict, "epoch": int, "step": int, "global_step": int, "best": float | None}
+_KINDS |= {"network": dict, "ema": dict | None, "ema_updates": int, "optimizer": dict, "random": Tensor}
+"""What a checkpoint must hold to be resumed from."""
 
 LEAST_CROP = 64
 """Side of the smallest training crops worth naming, in pixels."""
@@ -48,6 +49,7 @@ class Loaders:
     train: Loader | None
     val: Loader | None
     tests: dict[str, Loader]
+    files: dict[str, dict]  # of `util.resume.fingerprint`
 
 
 class Diverged(Exception):
@@ -102,6 +104,13 @@ class Engine:
         groups = parameter_groups(self.network, decay)
         self.optimizer = optimizer(groups, lr=options.lr, betas=(0.9, 0.999), fused=True)
         self.samples_per_step = options.batchSize * options.accumulate * world.size
+        self.identity = {
+            "inet": options.inet,
+            "options": as_text(options),
+            "samples_per_step": self.samples_per_step,
+            "data": loaders.files,
+            "code": resume.code(),
+        }
         self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train else 0
         if loaders.train and not self.steps_per_epoch:
             raise UserError(
@@ -112,6 +121,7 @@ class Engine:
         self.step = 0  # steps of the optimiser done in the epoch that is running
         self.global_step = 0
         self.best: float | None = None
+        self.saved: int | None = None  # step of the newest checkpoint
         self.guard = Guard() if options.guard else None
         self.norms = None
         if options.log_norms:
@@ -130,12 +140,10 @@ class Engine:
     def state(self) -> dict:
         """All that the run is, as plain data and tensors."""
         return {
-            "format": FORMAT,
-            "inet": self.options.inet,
-            "options": as_text(self.options),
+            "format": checkpoint.FORMAT,
+            **self.identity,
             "epoch": self.epoch,
             "step": self.step,
-            "samples_per_step": self.samples_per_step,
             "global_step": self.global_step,
             "best": self.best,
             "network": self.network.state_dict(),
@@ -147,20 +155,63 @@ class Engine:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
+    def resume(self) -> list[str]:
+        """Continue from the folder's newest checkpoint that is whole.
+
+        Returns:
+            Lines about what was wrong with a newer one, and about what has changed since.
+
+        Raises:
+            UserError: there is none, or it is of another model, or too much has changed.
+        """
+        path, told = self.world.from_main(self._newest)
+        state = checkpoint.load(path)
+        self.load_state(state, path)
+        return told + resume.check(state, self.identity)
+
+    def _newest(self) -> tuple[Path, list[str]]:
+        """The checkpoint to continue from, and what is wrong with a newer one, which gets out of the way."""
+        disk.remove_temporary(self.folder)
+        told = []
+        last, refused = self.folder / "last.pt", self.folder / "refused.pt"
+        for path in (path for path in (last, self.folder / "previous.pt") if path.exists()):
+            try:
+                self._check_state(checkpoint.load(path), path)
+            except UserError as error:
+                told.append(str(error))
+                continue
+            if told:
+                with disk.writing(refused):
+                    last.replace(refused)
+                told.append(f"it is {refused} now; going on from the checkpoint before, {path}")
+            return path, told
+        raise UserError("\n".join(told))
+
+    def _check_state(self, state: dict, where: Path) -> None:
+        """Find what would make `load_state` fail.
+
+        Raises:
+            UserError: it is of another model, or none to continue from.
+        """
+        wrong = [name for name, kind in _KINDS.items() if not isinstance(state.get(name, ...), kind)]
+        if wrong:
+            raise UserError(f"{where}: not what a run can be continued from: no usable {', '.join(wrong)} in it")
+        if state["inet"] != self.options.inet:
+            raise UserError(f"{where}: a checkpoint of {state['inet']}, but --inet is {self.options.inet}")
+        if bool(state["ema"]) != bool(self.ema):
+            raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
+        for part in ("network", "ema"):
+            if state[part]:
+                check_fit(self.network.state_dict(), state[part], str(where))
+                check_finite(state[part], f"{where}, {part}")
+
     def load_state(self, state: dict, where: Path) -> None:
         """Continue from a `state`.
 
         Raises:
-            UserError: it is of another model or of a later version.
+            UserError: it is of another model.
         """
-        if state.get("format", 0) > FORMAT:
-            raise UserError(f"{where}: written by a later version of this program; update it")
-        if state.get("inet") != self.options.inet:
-            raise UserError(f"{where}: a checkpoint of {state.get('inet')}, but --inet is {self.options.inet}")
-        if bool(state["ema"]) != bool(self.ema):
-            raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
-        for part in ("network", "ema"):
-            check_finite(state[part] or {}, f"{where}, {part}")
+        self._check_state(state, where)
         self._load_weights(state)
         if self.guard and state.get("guard"):
             self.guard = Guard(**state["guard"])
@@ -168,14 +219,21 @@ class Engine:
         # On another number of processes, or with other batches, a step is another number of samples.
         samples = state["step"] * state.get("samples_per_step", self.samples_per_step)
         self.step = min(samples // self.samples_per_step, self.steps_per_epoch)
-        self.best = state["best"]
+        self.best, self.saved = state["best"], self.global_step
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
     def _load_weights(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Its settings are the options' (which --resume force may have changed), but for the rate, which each step sets.
+        groups = [
+            ours | {"lr": saved["lr"]}
+            for ours, saved in zip(
+                self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True
+            )
+        ]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(state["ema_updates"])
@@ -186,9 +244,37 @@ class Engine:
         state = self.state()
         if not everything:
             state = {key: value for key, value in state.items() if key not in {"optimizer"}}
-        checkpoint.save(state, self.folder / f"{name}.pt")
+        previous = self.folder / "previous.pt" if name == "last" else None
+        checkpoint.save(state, self.folder / f"{name}.pt", previous)
+        if name == "last":
+            self.saved = self.global_step
         if name == "last" and self.guard and self.guard.is_calm(self.global_step):
             checkpoint.link(self.folder / "last.pt", self.folder / "good.pt")
+
+    def _keep_newest(self) -> None:
+        """Of --save_every's checkpoints, only --keep; the newest is safe by now."""
+        if self.options.keep and self.world.is_main:
+            numbered = sorted(self.folder.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
+            for path in numbered[: -self.options.keep]:
+                with disk.writing(path):
+                    path.unlink()
+
+    def check_room(self) -> None:
+        """See whether the run's checkpoints will fit onto the disk, the one that is being written included.
+
+        Raises:
+            UserError: they won't.
+        """
+        epochs, every, keep = self.options.nEpochs, self.options.save_every, self.options.keep
+        weights = sum(value.nbytes for value in self.network.state_dict().values()) * (2 if self.ema else 1)
+        whole = weights + 2 * sum(parameter.nbytes for parameter in self.network.parameters())  # Adam's two means
+        sizes = {"last": whole, "previous": whole, "best": weights} | ({"good": whole} if self.guard else {})
+        kept = range(every, epochs + 1, every)[-keep:] if every else ()
+        sizes |= {f"epoch_{epoch:03}": whole for epoch in kept}
+        paths = [self.folder / f"{name}.pt" for name in sizes]
+        there = {found.st_ino: found.st_size for found in (path.stat() for path in paths if path.exists())}
+        if epochs:
+            disk.require(self.folder, sum(sizes.values()) + whole - sum(there.values()))
 
     # ---- training ---------------------------------------------------------------------------------------------
 
@@ -409,6 +495,7 @@ class Engine:
             self._save("best", everything=False)
         if self.options.save_every and epoch % self.options.save_every == 0:
             self._save(f"epoch_{epoch:03}")
+            self._keep_newest()
         self._save()
 
     def _evaluate_all(self, epoch: int) -> None:
@@ -546,7 +633,8 @@ def _at_once(job: Callable, *arguments: object) -> Future:
 
 def _write(stem: Path, kind: str, image: Tensor) -> None:
     """A (3, H, W) picture of a test image, as PNG."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    with disk.writing(stem.parent):
+        stem.parent.mkdir(parents=True, exist_ok=True)
     write_image(stem.with_name(f"{stem.name}_{kind}.png"), image.permute(1, 2, 0).numpy())
 
 

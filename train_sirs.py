@@ -1,11 +1,13 @@
 """Train a reflection removal network, evaluating it after every epoch: parse, build, fit."""
 
+import itertools
 import logging
 import os
 import sys
 from pathlib import Path
 
 from options import parse_train
+from util import disk
 from util.console import never_fail
 from util.errors import UserError
 from util.interrupt import Interrupt, Interrupted
@@ -41,26 +43,37 @@ def train(options) -> int:
     Raises:
         UserError: for what a user can put right.
     """
-    from engine import Diverged, Engine
-    from models import build_model
     from models.arch import list_models
-    from util import checkpoint
-    from util.allocator import keep_freed_memory
-    from util.distributed import join, wants_bf16
-    from util.records import read_metrics, table
-    from util.repeatable import make_repeatable
+    from util.distributed import join
+    from util.lock import Lock
 
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
     world = join(options.gpu_ids)
     say = print if world.is_main else lambda *_: None
     _choose_scan(options.scan_backend, world)
-    folder = Path(world.share(str(_run_folder(options))))
-    if folder.name != options.name:
-        say(f"There is a run '{options.name}' already; this one is '{folder.name}' (--resume continues that one).")
-        options.name = folder.name
+    _check_resume(options)
     loaders = _load_data(options, world, say)
     _warn(options, say)
+    folder = world.from_main(lambda: _run_folder(options))
+    with Lock(folder) as lock:
+        world.from_main(lambda: lock.acquire(say))
+        if folder.name != options.name:
+            say(f"There is a run '{options.name}' already; this one is '{folder.name}' (--resume continues that one).")
+            options.name = folder.name
+        engine = _build(options, loaders, world, folder, say)
+        world.from_main(lock.confirm)
+        world.from_main(engine.check_room)
+        return _fit(engine, say)
+
+
+def _build(options, loaders, world, folder: Path, say):
+    """The engine, where the run's last checkpoint has it if it is resumed."""
+    from engine import Engine
+    from models import build_model
+    from util.allocator import keep_freed_memory
+    from util.distributed import wants_bf16
+    from util.repeatable import make_repeatable
 
     keep_freed_memory()
     make_repeatable(options.seed)
@@ -69,10 +82,19 @@ def train(options) -> int:
     count = sum(parameter.numel() for parameter in engine.network.parameters())
     processes = f", {world.size} processes" if world.size > 1 else ""
     say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
-    if options.resume and (folder / "last.pt").exists():
-        engine.load_state(checkpoint.load(folder / "last.pt"), folder / "last.pt")
+    if options.resume and _can_resume(folder):
+        for line in engine.resume():
+            say(line)
         say(f"resuming {folder} after {engine.epoch} epochs and {engine.step} steps")
+    return engine
 
+
+def _fit(engine, say) -> int:
+    """Train; the program's exit status."""
+    from engine import Diverged
+    from util.records import read_metrics, table
+
+    folder = engine.folder
     try:
         engine.fit()
     except Interrupted as stop:
@@ -81,8 +103,12 @@ def train(options) -> int:
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except UserError:
+        if engine.saved is not None:
+            say(f"saved last after step {engine.saved}, of {engine.global_step}; --resume continues {folder}")
+        raise
     finally:
-        world.close()
+        engine.world.close()
     say("\n" + table(read_metrics(folder)) + "\n")
     _say_where_to_look(folder, say)
     return 0
@@ -106,6 +132,7 @@ def _load_data(options, world, say):
     import data
     from data.demo import build_demo
     from engine import Loaders
+    from util import resume
 
     if options.demo:
         say("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
@@ -116,11 +143,19 @@ def _load_data(options, world, say):
     sets = data.discover(options)
     for line in sets.describe():
         say(line)
+    files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}
+    files |= {f"training pairs of {name}": _files(pairs) for name, pairs in sets.pairs.items()}
+    files |= {f"{resume.TEST}{name}": _files(pairs) for name, pairs in sets.tests.items()}
     return Loaders(
         data.build_train_loader(options, sets, world.rank, world.size) if options.nEpochs else None,
         data.build_val_loader(options, sets, world.rank, world.size),
         data.build_test_loaders(options, sets, world.rank, world.size),
+        resume.fingerprint(files, options.base_dir),
     )
+
+
+def _files(pairs) -> list[Path]:
+    return [file for pair in pairs for file in pair.files]
 
 
 def _warn(options, say) -> None:
@@ -131,22 +166,32 @@ def _warn(options, say) -> None:
         say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
 
 
+def _can_resume(folder: Path) -> bool:
+    """Whether there is a checkpoint to continue from."""
+    return (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+
+
+def _check_resume(options) -> None:
+    """Say at once that there is nothing to resume, where there must be."""
+    runs, name = options.checkpoints_dir, options.name
+    if options.resume in ("must", "force") and not _can_resume(runs / name):
+        there = sorted(path.parent.name for path in runs.glob("*/last.pt"))
+        raise UserError(
+            f"--resume: {runs / name}/last.pt does not exist; runs that can be resumed: {', '.join(there) or 'none'} "
+            "(--resume auto starts anew where there is nothing)"
+        )
+
+
 def _run_folder(options) -> Path:
-    """Where the run is kept: its name's folder, or with a number behind it when that holds another run."""
+    """Make the folder of the run: its name's, or with a number behind it when there is one that isn't resumed."""
     folder = options.checkpoints_dir / options.name
-    if options.resume:
-        if options.resume == "must" and not (folder / "last.pt").exists():
-            runs = sorted(path.parent.name for path in options.checkpoints_dir.glob("*/last.pt"))
-            raise UserError(
-                f"--resume: {folder}/last.pt does not exist; runs that can be resumed: {', '.join(runs) or 'none'} "
-                "(--resume auto starts anew where there is nothing)"
-            )
-        return folder
-    number = 2
-    while folder.exists():
-        folder = options.checkpoints_dir / f"{options.name}-{number}"
-        number += 1
-    return folder
+    for number in itertools.count(2):
+        with disk.writing(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=options.resume is not None)
+                return folder
+            except FileExistsError:
+                folder = options.checkpoints_dir / f"{options.name}-{number}"
 
 
 def _say_where_to_look(folder: Path, say) -> None:

@@ -94,7 +94,7 @@ def load_weights(network: nn.Module, source: str | Path | dict, where: str = "th
         where, source = str(source), checkpoint.load(source)
     state, rest = _find_state(source, where)
     translated = _translated(state, where)
-    _check_fit(network.state_dict(), translated, where)
+    check_fit(network.state_dict(), translated, where)
     check_finite(translated, where)
     network.load_state_dict(translated)
     return rest
@@ -171,7 +171,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-def _check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Compare the names and shapes of two state dicts.
+
+    Raises:
+        UserError: they differ; it says where.
+    """
     missing = sorted(set(expected) - set(given))
     extra = sorted(set(given) - set(expected))
     wrong = [

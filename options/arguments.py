@@ -99,9 +99,10 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
                        help="folder of all runs")  # fmt: skip
-    group.add_argument("--resume", nargs="?", const="must", choices=("must", "auto"),
+    group.add_argument("--resume", nargs="?", const="must", choices=("must", "auto", "force"),
                        help="continue the run of that name from its last checkpoint, bit for bit; "
-                            "'auto' starts anew where there is none")  # fmt: skip
+                            "'auto' starts anew where there is none; 'force' continues though options or data "
+                            "have changed that make it another run")  # fmt: skip
     group.add_argument("--weight_path", type=Path, metavar="FILE",
                        help="start from these weights: a published checkpoint or one of ours; "
                             "with --nEpochs 0 they are only evaluated")  # fmt: skip
@@ -248,6 +249,8 @@ def add_records(parser: argparse.ArgumentParser) -> None:
                             "did, which flatters them) of the test sets")  # fmt: skip
     group.add_argument("--save_every", type=natural_int, default=0, metavar="EPOCHS",
                        help="keep every so manieth epoch's checkpoint beside last and best; 0 keeps none")  # fmt: skip
+    group.add_argument("--keep", type=natural_int, default=0, metavar="N",
+                       help="of these, keep the newest N only; 0 keeps all")  # fmt: skip
     group.add_argument("--save_steps", type=natural_int, default=500, metavar="STEPS",
                        help="write the last checkpoint so often within an epoch, too; 0: only after it")  # fmt: skip
     group.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS",

@@ -129,7 +129,7 @@ def test_files_of_a_run(finished):
     assert written["ema"] == 0.9 and written["comment"] == "a test"
     assert (finished / "panels/demo_clip.png").stat().st_size > 1000
     names = sorted(path.name for path in finished.glob("*.pt"))
-    assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "good.pt", "last.pt"]
+    assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "good.pt", "last.pt", "previous.pt"]
     pictures = sorted(path.name for path in (finished / "images/demo_clip").iterdir())
     assert pictures == [f"{number:02}_{layer}.png" for number in range(4) for layer in "rt"]
     assert read_image(finished / "images/demo_clip/00_t.png").shape == (40, 52, 3)

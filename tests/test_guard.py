@@ -120,9 +120,9 @@ def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, monkeypatch, capsys
     states = {}
     save = checkpoint.save
 
-    def keep(state, path):
+    def keep(state, path, previous):
         states.setdefault(state["global_step"], copy.deepcopy(state))
-        save(state, path)
+        save(state, path, previous)
 
     monkeypatch.setattr(checkpoint, "save", keep)
     monkeypatch.setattr(engine.Engine, "_evaluate_all", lambda self, epoch: self.record.lines.clear())

@@ -118,6 +118,6 @@ def test_writing_replaces_only_when_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space"):
         checkpoint.save({"step": 2}, path)
     assert checkpoint.load(path) == {"step": 1}

@@ -4,10 +4,11 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from util.errors import UserError
 _PATIENCE = timedelta(minutes=20)  # for a process that lives but doesn't come: one may be compiling, or writing slowly
 _BEAT = 5.0  # seconds between two signs of life
 _MISSED = 9  # of another process, in a row, until it counts as lost
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_main(self, call: Callable[[], T]) -> T:
+        """What a call returns, or the UserError that it raises, in the main process only; in every process."""
+        outcome: T | UserError | None = None
+        if self.is_main:
+            try:
+                outcome = call()
+            except UserError as error:
+                outcome = error
+        outcome = self.share(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
