@@ -286,10 +286,7 @@ class Engine:
             Diverged: with the state and the batch saved.
             UserError: the memory is not enough, with the state saved.
         """
-        unfinished = self.step == self.steps_per_epoch and self.step > 0
-        self.record = Record(
-            self.folder, self.options, self.epoch, self.global_step + (not unfinished), self.world.is_main
-        )
+        self.record = Record(self.folder, self.options, self.epoch, self.global_step, self.world.is_main)
         with Interrupt() as self.interrupt, contextlib.closing(self.record), self.world.watched(self.folder):
             if self.options.nEpochs == 0:
                 self._evaluate_all(self.epoch)

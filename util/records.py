@@ -41,7 +41,7 @@ class Record:
         folder: of the run; made if missing.
         options: written to options.yaml.
         epochs_done: how many epochs the record may hold; lines of later ones, which a resumed run repeats, go.
-        step: of the optimiser; TensorBoard's points from there on go.
+        step: steps of the optimiser that are done; TensorBoard's points of later ones, which are repeated, too, go.
         active: whether this process writes.
     """
 
@@ -190,7 +190,7 @@ class _Events:
 
     Args:
         folder: of the run.
-        step: of the optimiser; points from there on that earlier files have are void.
+        step: steps of the optimiser that are done; points of later ones that earlier files have are void.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -203,7 +203,7 @@ class _Events:
         self._writer = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
         if step:
-            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, content: Summary, step: int) -> None:
         self._write(Event(step=step, summary=content))
