@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Loaders:
     train: Loader | None
     val: Loader | None
     tests: dict[str, Loader]
-    files: dict[str, dict]  # of `util.resume.fingerprint`
+    files: dict[str, dict] = field(default_factory=dict)  # of `util.resume.fingerprint`
 
 
 class Diverged(Exception):
@@ -165,26 +165,27 @@ class Engine:
             UserError: there is none, or it is of another model, or too much has changed.
         """
         path, told = self.world.from_main(self._newest)
-        state = checkpoint.load(path)
-        self.load_state(state, path)
-        return told + resume.check(state, self.identity)
+        self.load_state(checkpoint.load(path), path)
+        return told
 
     def _newest(self) -> tuple[Path, list[str]]:
-        """The checkpoint to continue from, and what is wrong with a newer one, which gets out of the way."""
+        """The checkpoint to continue from, and lines about it; a newer one that can't be used gets out of the way."""
         disk.remove_temporary(self.folder)
         told = []
         last, refused = self.folder / "last.pt", self.folder / "refused.pt"
         for path in (path for path in (last, self.folder / "previous.pt") if path.exists()):
             try:
-                self._check_state(checkpoint.load(path), path)
+                state = checkpoint.load(path)
+                self._check_state(state, path)
             except UserError as error:
                 told.append(str(error))
                 continue
+            changed = resume.check(state, self.identity)
             if told:
                 with disk.writing(refused):
                     last.replace(refused)
                 told.append(f"it is {refused} now; going on from the checkpoint before, {path}")
-            return path, told
+            return path, told + changed
         raise UserError("\n".join(told))
 
     def _check_state(self, state: dict, where: Path) -> None:

@@ -125,7 +125,7 @@ def discover(options: Namespace) -> Sets:
     glanced = [pair for found in pairs.values() for pair in found]
     image_sizes, unusable = _check(base, photographs, glanced, decoded)
     problems += unusable.values()
-    if problems and not options.skip_bad_images:
+    if not options.skip_bad_images and problems:
         raise UserError(f"--base_dir {base}: {_listed(problems, 'cannot be used')}")
 
     def usable(found: list[Pair]) -> list[Pair]:

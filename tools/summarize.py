@@ -71,7 +71,7 @@ def summarize(options: argparse.Namespace) -> None:
     for kind, write in _WRITERS.items():
         if path := getattr(options, kind):
             try:
-                path.write_text(write(rows, sets), encoding="utf-8")
+                path.write_text(write(rows, sets), encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 raise UserError(f"--{kind} {path}: cannot be written: {error.strerror}") from error
 

@@ -105,9 +105,9 @@ class Record:
         path = self._table(epoch)
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0] not in names]
+                rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0] not in {"set", *names}]
             with disk.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(rows)
+                csv.writer(file).writerows([_COLUMNS, *rows])
 
     def averages(self, epoch: int, step: int) -> None:
         """Count-weighted averages over all test sets, and over the published ones where all are there."""

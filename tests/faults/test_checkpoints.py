@@ -285,6 +285,17 @@ def test_records_that_a_kill_has_cut_are_repaired(run, finished, tiny_data, seed
     assert same(outcome(run), outcome(finished))
 
 
+@pytest.mark.parametrize("length", [5, 70, 100])
+def test_an_evaluation_by_itself_repairs_the_table_that_a_kill_has_cut(run, finished, tiny_data, length, capsys):
+    """But for the held-out pairs, which it doesn't look for, and which haven't changed therefore."""
+    table = run / "per_image/epoch_002.csv"
+    os.truncate(table, length)
+    assert train_small(tiny_data, run.parent, "--name", "run", "--nEpochs", "0", "--resume")[0] == 0
+    lines = (finished / "per_image/epoch_002.csv").read_text().splitlines()
+    assert table.read_text().splitlines() == [line for line in lines if not line.startswith("val,")]
+    assert "files" not in capsys.readouterr().out
+
+
 def test_a_damaged_line_costs_no_other(run, tiny_data):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[3] = lines[3].replace(b"epoch", b"\xffpoch")
@@ -319,7 +330,7 @@ def test_options_that_make_another_run_of_it_are_refused(run, tiny_data, option,
     with pytest.raises(UserError, match="--resume force") as error:
         resumed(tiny_data, run, *option)
     assert told in str(error.value) and "nEpochs" not in str(error.value)
-    assert (run / "last.pt").read_bytes() == before
+    assert (run / "last.pt").read_bytes() == before and not (run / "lock").exists()
     assert train_small(tiny_data, run.parent, "--name", "run", "--nEpochs", "3", *option, "--resume", "force")[0] == 0
     assert told in capsys.readouterr().out
 

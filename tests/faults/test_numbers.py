@@ -84,7 +84,8 @@ def test_without_the_guard_the_run_stops_and_the_step_can_be_replayed(kind, tiny
 
 def test_with_accumulation_all_batches_of_the_step_are_saved(tiny_data, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {3: math.inf})
-    status, folder = run(tiny_data, tmp_path, *SETTINGS, "--accumulate", "2", "--batchSize", "2", "--name", "a")
+    more = ("--epoch_size", "8", "--accumulate", "2", "--batchSize", "2", "--name", "a")
+    status, folder = run(tiny_data, tmp_path, *SETTINGS, *more)
     assert status == 1
     saved = checkpoint.load(folder / "nonfinite_step_1_rank_0.pt")
     assert saved["batch"]["input"].shape == (4, 3, 32, 32) and len(saved["names"]) == 4
@@ -119,6 +120,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(how, tiny_data, tmp_pat
     state = checkpoint.load(folder / "last.pt")
     state["ema" if how == "ema" else "network"]["unet.ups.0.weight"][0, 0] = -math.inf
     checkpoint.save(state, folder / "last.pt")
+    (folder / "previous.pt").unlink(missing_ok=True)
     start = ("--weight_path", str(folder / "last.pt")) if how == "--weight_path" else ("--resume",)
     with pytest.raises(UserError, match=r"last\.pt.*1 parameters are NaN or infinite: unet\.ups\.0\.weight"):
-        run(tiny_data, tmp_path, "--nEpochs", "2", "--name", "a", *ema, *start)
+        run(tiny_data, tmp_path, "--nEpochs", "2", "--epoch_size", "1", "--name", "a", *ema, *start)

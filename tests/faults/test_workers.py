@@ -180,7 +180,7 @@ def test_a_run_that_cannot_go_on_is_saved_and_ends_as_an_undisturbed_one(spoiled
     stopped = tmp_path / "runs" / whole.name
     measured = [line["set"] for line in read_metrics(stopped) if line["estimate"] == "model"]
     assert "demo_screen" not in measured and "average" not in measured
-    status, _ = spoiled("nothing", "--resume")
+    status, _ = spoiled("nothing", "--resume", "force")  # as the files have come back
     assert status == 0 and same(state_of(stopped), state_of(whole))
     figures = [
         {(line["epoch"], line["set"], line["estimate"]): (line["count"], line["PSNR"]) for line in read_metrics(f)}
