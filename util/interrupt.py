@@ -25,7 +25,8 @@ class Interrupted(BaseException):
 class Interrupt:
     """Within its context the first signal sets `signal`; another one, a second later or more, ends the program at once.
 
-    What is ignored when the context begins, as SIGHUP is under nohup, stays ignored.
+    SIGHUP stays ignored where it is when the context begins, as it is under nohup. SIGINT doesn't: shells have their
+    background jobs ignore it, which is no reason to ignore who asks for an end with it.
 
     Args:
         at_once: the first signal also raises `Interrupted`, wherever the program is.
@@ -38,8 +39,9 @@ class Interrupt:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-            if signal.getsignal(number) is not signal.SIG_IGN:
+        for name in _NAMES:
+            number = getattr(signal, name)
+            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
