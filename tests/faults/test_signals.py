@@ -41,6 +41,14 @@ def at_call(monkeypatch, where: object, name: str, number: int, act) -> None:
     monkeypatch.setattr(where, name, call)
 
 
+@pytest.fixture(autouse=True)
+def _hangup_as_usual():
+    """Even where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_data, tmp_path_factory) -> Path:
     """An undisturbed run."""
