@@ -63,7 +63,6 @@ class Record:
         measured = {line["set"] for line in lines if line["estimate"] == "model"}  # its input is measured just before
         self.lines = [line for line in lines if line["set"] in measured]
         self._rewrite()
-        self._forget_tables(epochs_done)
         self._events = _Events(folder, step)
         self._events.add(summary.text("options", f"{options.comment}\n\n```yaml\n{text}```"), step)
 
@@ -174,14 +173,6 @@ class Record:
         with disk.replacing(self.metrics_path) as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
-    def _forget_tables(self, epochs_done: int) -> None:
-        """Remove those of later epochs, which a resumed run makes again."""
-        for path in (self.folder / "per_image").glob("epoch_*.csv"):
-            number = path.stem.removeprefix("epoch_")
-            if number.isdigit() and int(number) > epochs_done:
-                with disk.writing(path):
-                    path.unlink()
-
 
 class _Events:
     """TensorBoard's file of events, written at once and in this thread.
@@ -202,8 +193,7 @@ class _Events:
             self._file = self.path.open("wb")
         self._writer = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        if step:
-            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, content: Summary, step: int) -> None:
         self._write(Event(step=step, summary=content))

@@ -14,7 +14,7 @@ import torch
 
 from models.arch import create_model
 from options import parse_train
-from tests.faults.small import outcome, small, train_small
+from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from tools import evaluate, infer, replay
 from train_sirs import main
@@ -163,14 +163,6 @@ class Malicious:
         return (print, ("executed",))
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_data, tmp_path_factory) -> Path:
-    """A run of the small network, two epochs of three steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.arch.small", small, raising=False)
-        return train_small(tiny_data, tmp_path_factory.mktemp("runs"), "--name", "run")[1]
-
-
 @pytest.fixture
 def run(finished, tmp_path, small_network) -> Path:
     """A copy of it."""
@@ -231,7 +223,7 @@ def test_without_a_whole_one_resuming_is_refused(run, tiny_data, capsys, monkeyp
 
 def test_resume_takes_the_one_before_where_a_kill_has_left_only_that(run, finished, tiny_data):
     (run / "last.pt").unlink()
-    (run / ".tmp-last.pt").write_bytes(b"half of it")
+    (run / ".tmp-epoch_009.pt").write_bytes(b"half of it")
     assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
     assert same(outcome(run), outcome(finished))
 
@@ -285,6 +277,19 @@ def test_records_that_a_kill_has_cut_are_repaired(run, finished, tiny_data, seed
     assert same(outcome(run), outcome(finished))
 
 
+def test_records_of_a_first_evaluation_are_repaired_in_their_order(tiny_data, tmp_path, small_network):
+    """The untouched input's lines, of epoch 0, included."""
+    more = ("--nEpochs", "1", "--name", "run")
+    run = train_small(tiny_data, tmp_path, *more)[1]
+    whole = outcome(run)
+    for count in range(len(whole["metrics"])):
+        checkpoint.save(checkpoint.load(run / "epoch_001.pt") | {"epoch": 0, "step": 3, "best": None}, run / "last.pt")
+        lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_bytes(b"".join(lines[:count]))
+        assert train_small(tiny_data, tmp_path, *more, "--resume")[0] == 0
+        assert outcome(run)["metrics"] == whole["metrics"], count
+
+
 @pytest.mark.parametrize("length", [5, 70, 100])
 def test_an_evaluation_by_itself_repairs_the_table_that_a_kill_has_cut(run, finished, tiny_data, length, capsys):
     """But for the held-out pairs, which it doesn't look for, and which haven't changed therefore."""
@@ -304,8 +309,21 @@ def test_a_damaged_line_costs_no_other(run, tiny_data):
     assert (run / "metrics.jsonl").read_bytes() == b"".join(lines[:3] + lines[4:])
 
 
+def test_points_of_a_run_that_was_killed_before_its_first_checkpoint_are_not_doubled(
+    tiny_data, tmp_path, small_network
+):
+    more = ("--nEpochs", "1", "--name", "run")
+    run = train_small(tiny_data, tmp_path, *more)[1]
+    curve = outcome(run)["curve"]
+    for path in run.glob("*.pt"):
+        path.unlink()
+    assert train_small(tiny_data, tmp_path, *more, "--resume", "auto")[0] == 0
+    assert len(curve) == 3 and outcome(run)["curve"] == curve
+
+
 def test_events_of_a_run_whose_clock_was_set_back_come_last(run, finished, tiny_data, monkeypatch):
-    (run / "last.pt").unlink()
+    shutil.copy(run / "epoch_001.pt", run / "last.pt")
+    (run / "previous.pt").unlink()
     monkeypatch.setattr("util.records.time.time", lambda: 1e9)
     assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
     assert len(list(run.glob("events.*"))) == 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from options import parse_train
-from tests.faults.small import outcome, small, train_small
+from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from train_sirs import main
 from util import checkpoint, disk
@@ -22,14 +22,6 @@ from util.errors import UserError
 from util.images import write_image
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_data, tmp_path_factory) -> Path:
-    """A run of the small network that nothing disturbs, two epochs of three steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("models.arch.small", small, raising=False)
-        return train_small(tiny_data, tmp_path_factory.mktemp("runs"), "--name", "run")[1]
 
 
 @pytest.fixture

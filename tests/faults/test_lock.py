@@ -121,6 +121,22 @@ def test_a_lock_file_that_says_nothing_is_taken(tmp_path):
     with Lock(tmp_path) as ours:
         ours.acquire(forget)
         ours.confirm()
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_one_that_is_released_just_before_it_would_be_held_is_made_anew(tmp_path, monkeypatch):
+    plain, released = lock._hold, []
+
+    def hold(file):
+        if not released:
+            released.append((tmp_path / "lock").unlink())
+        return plain(file)
+
+    monkeypatch.setattr(lock, "_hold", hold)
+    with Lock(tmp_path) as first:
+        first.acquire(forget)
+        with Lock(tmp_path) as second, pytest.raises(UserError, match="is at work"):
+            second.acquire(forget)
 
 
 def test_of_many_that_start_at_once_one_gets_it(tmp_path):
