@@ -18,12 +18,12 @@ class DSRNetModel(nn.Module):
 
     Args:
         network: net(image, features) -> (transmission, reflection, residue).
-        vgg: VGG19, for the network's features; the loss has it, too.
+        vgg: VGG19, for the network's features; the loss has it, too. None for a network with a stem of its own.
         loss: (transmission, reflection, residue, image, target_t, target_r) -> dict of weighted terms.
         bf16: run the network and VGG19 under autocast to bfloat16.
     """
 
-    def __init__(self, network: nn.Module, vgg: nn.Module, loss: nn.Module, bf16: bool = False):
+    def __init__(self, network: nn.Module, vgg: nn.Module | None, loss: nn.Module | None, bf16: bool = False):
         super().__init__()
         self.network = network
         self.vgg = vgg
@@ -54,7 +54,9 @@ class DSRNetModel(nn.Module):
             outputs = (network or self.network)(image, self._features(image))
         return tuple(output.float()[..., :height, :width] for output in outputs)
 
-    def _features(self, image: Tensor) -> list[Tensor]:
+    def _features(self, image: Tensor) -> list[Tensor] | None:
+        if not self.network.wants_features:
+            return None
         with torch.no_grad():
             return self.vgg(image)
 
@@ -73,7 +75,7 @@ def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:
         load_weights(network, options.weight_path)
     if options.checkpoint_activations:
         network.checkpoint_activations()
-    vgg = Vgg19(options.vgg_weights)
+    vgg = Vgg19(options.vgg_weights) if network.wants_features or options.lambda_vgg else None
     losses = importlib.import_module(f"models.{options.loss}")
-    loss = losses.ReflectionLoss(vgg, lambda_vgg=options.lambda_vgg, lambda_rec=options.lambda_rec)
+    loss = losses.ReflectionLoss(vgg, options.lambda_vgg, options.lambda_rec, options.lambda_excl)
     return DSRNetModel(network, vgg, loss, bf16)

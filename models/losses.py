@@ -69,16 +69,20 @@ class ReflectionLoss(nn.Module):
     """The terms whose sum is minimised.
 
     Args:
-        vgg: see `PerceptualLoss`.
-        lambda_vgg: weight of the perceptual term.
+        vgg: see `PerceptualLoss`; None where that term is left out.
+        lambda_vgg: weight of the perceptual term; 0 leaves it out.
         lambda_rec: weight of the reconstruction term.
+        lambda_excl: weight of the exclusion term.
     """
 
-    def __init__(self, vgg: nn.Module, lambda_vgg: float = 0.01, lambda_rec: float = 0.2):
+    def __init__(
+        self, vgg: nn.Module | None, lambda_vgg: float = 0.01, lambda_rec: float = 0.2, lambda_excl: float = 1.0
+    ):
         super().__init__()
-        self.perceptual = PerceptualLoss(vgg)
+        self.perceptual = PerceptualLoss(vgg) if lambda_vgg else None
         self.lambda_vgg = lambda_vgg
         self.lambda_rec = lambda_rec
+        self.lambda_excl = lambda_excl
 
     def forward(
         self,
@@ -89,14 +93,16 @@ class ReflectionLoss(nn.Module):
         target_t: Tensor,
         target_r: Tensor,
     ) -> dict[str, Tensor]:
-        """Weighted terms t_pixel, r_pixel, vgg, exclusion and reconstruction, scalars in fp32."""
-        vgg = self.perceptual(transmission, target_t)  # under autocast, as the network itself
+        """Weighted terms t_pixel, r_pixel, vgg (where it has a weight), exclusion and reconstruction, fp32 scalars."""
+        perceptual = {}
+        if self.perceptual:  # under autocast, as the network itself
+            perceptual["vgg"] = self.lambda_vgg * self.perceptual(transmission, target_t)
         with torch.autocast(image.device.type, enabled=False):
             t, r, rest = transmission.float(), reflection.float(), residue.float()
             return {
                 "t_pixel": pixel_loss(t, target_t),
                 "r_pixel": pixel_loss(r, target_r),
-                "vgg": self.lambda_vgg * vgg,
-                "exclusion": exclusion_loss(t, r),
+                **perceptual,
+                "exclusion": self.lambda_excl * exclusion_loss(t, r),
                 "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, image),
             }

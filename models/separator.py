@@ -173,7 +173,9 @@ def load_separator(
     rest = load_weights(network, content, str(checkpoint))
     recorded = rest.get("options")
     recorded = recorded if isinstance(recorded, dict) else {}
-    vgg = Vgg19(vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint))
+    vgg = None
+    if network.wants_features:
+        vgg = Vgg19(vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint))
     device = join(gpu_ids).device
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
     model = DSRNetModel(network, vgg, loss=None, bf16=bf16).to(device)

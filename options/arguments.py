@@ -238,7 +238,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ema", type=fraction, default=0.0, metavar="DECAY",
                        help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
                             "0 does not")  # fmt: skip
-    group.add_argument("--lambda_vgg", type=natural_float, default=0.01, help="weight of the perceptual loss")
+    group.add_argument("--lambda_vgg", type=natural_float, default=0.01,
+                       help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
+                            "a stem of its own")  # fmt: skip
+    group.add_argument("--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
     group.add_argument("--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
 
 

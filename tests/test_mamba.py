@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine import parameter_groups
-from models.arch.mamba import ImageMamba, Mamba
+from models.arch.mamba import DIRECTIONS, ImageMamba, Mamba
 from models.scan import set_backend
 from models.scan.backends import why_not
 from tests.golden.fill import fill, rng
@@ -75,7 +75,7 @@ def test_initial_values():
     delta = torch.nn.functional.softplus(layer.dt_proj.bias)
     assert 0.9e-3 < delta.min() < 3e-3
     assert 3e-2 < delta.max() < 0.11
-    bound = layer.dt_rank**-0.5
+    bound = layer.dt_proj.in_features**-0.5
     assert 0.9 * bound < layer.dt_proj.weight.abs().max() <= bound
     torch.testing.assert_close(layer.A_log[5], torch.arange(1.0, 17).log())
     assert torch.equal(layer.D, torch.ones(128))
@@ -95,20 +95,49 @@ def test_causal():
     assert (difference[12:] > 1e-6).all()
 
 
-def test_pixels_come_row_by_row():
-    """A pixel sees those before it in its row and the rows above it, nothing else."""
-    layer = ImageMamba(8)
+@pytest.mark.parametrize("order", DIRECTIONS)
+def test_orders_are_the_scans_of_turned_images(backend, order):
+    """With shared parameters, each direction is the raster scan of an image that is turned there and back."""
+    layer = filled(ImageMamba(8, order, shared=True))
+    raster = filled(ImageMamba(8))
+    raster.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 8, 5, 6)
+
+    def both_ways(x):
+        return raster(x) + raster(x.flip(2, 3)).flip(2, 3)
+
+    expected = {"raster": raster, "bidirectional": both_ways, "cross": lambda x: both_ways(x) + both_ways(x.mT).mT}
+    torch.testing.assert_close(layer(x), expected[order](x), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", DIRECTIONS)
+def test_directions_have_parameters_of_their_own(order):
+    layer = ImageMamba(8, order)
+    layer(torch.randn(1, 8, 5, 6)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    shared = ImageMamba(8, order, shared=True)
+    own = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in shared.parameters())
+    one = sum(p.numel() for p in (layer.others[0] if layer.others else shared.others).parameters())
+    assert own == (DIRECTIONS[order] - 1) * one
+    assert (own > 0) == (order != "raster")
+
+
+@pytest.mark.parametrize("order", DIRECTIONS)
+def test_what_a_pixel_sees(order):
+    """All of the image in more than one direction; before it in raster order otherwise."""
+    layer = filled(ImageMamba(8, order))
     x = torch.randn(1, 8, 5, 6)
     changed = x.clone()
     changed[:, :, 2, 3] += 1
     differs = ((layer(x) - layer(changed)).abs().amax(1)[0] > 1e-6).flatten()
-    assert not differs[: 2 * 6 + 3].any()
-    assert differs[2 * 6 + 3 :].any()
+    assert differs[2 * 6 + 3 :].all()
+    assert differs[: 2 * 6 + 3].all() == (order != "raster")
 
 
-def test_channels_last_stays():
+@pytest.mark.parametrize("order", DIRECTIONS)
+def test_channels_last_stays(order):
     x = torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last)
-    assert ImageMamba(8)(x).is_contiguous(memory_format=torch.channels_last)
+    assert ImageMamba(8, order)(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast(monkeypatch):
@@ -118,10 +147,10 @@ def test_autocast(monkeypatch):
     dtypes = {}
     scan = mamba.selective_scan
 
-    def spy(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+    def spy(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
         tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
         dtypes.update({name: t.dtype for name, t in tensors.items()})
-        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse=reverse)
 
     monkeypatch.setattr(mamba, "selective_scan", spy)
     layer = filled(Mamba(32))
@@ -136,8 +165,9 @@ def test_autocast(monkeypatch):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def test_compiles_into_one_graph():
-    layer = filled(ImageMamba(16))
+@pytest.mark.parametrize("order", DIRECTIONS)
+def test_compiles_into_one_graph(order):
+    layer = filled(ImageMamba(16, order))
     x = torch.randn(1, 16, 4, 5)
     expected = layer(x)
     expected.sum().backward()

@@ -4,6 +4,7 @@ Triton's interpreter must be switched on before Triton is imported, so its tests
 started by `test_in_tritons_interpreter`.
 """
 
+import functools
 import logging
 import os
 import subprocess
@@ -112,8 +113,8 @@ def outputs_and_gradients(scan, inputs, softplus=True, dtype=None):
     }
 
 
-def op(backend):
-    return lambda *arguments: selective_scan(*arguments, return_last_state=True, backend=backend)
+def op(backend, reverse=False):
+    return lambda *arguments: selective_scan(*arguments, return_last_state=True, backend=backend, reverse=reverse)
 
 
 def assert_close(found, expected, tolerance):
@@ -125,10 +126,11 @@ def assert_close(found, expected, tolerance):
         assert error <= tolerance * scale, f"{name}: off by {error / scale:.2e} of the largest"
 
 
-def assert_matches_reference(backend, inputs, softplus=True, tolerance=1e-5):
+def assert_matches_reference(backend, inputs, softplus=True, tolerance=1e-5, reverse=False):
     """float32 sums in another order than the reference's float64: 1e-5 of the largest entry."""
-    found = outputs_and_gradients(op(backend), inputs, softplus)
-    expected = outputs_and_gradients(selective_scan_reference, inputs, softplus, torch.float64)
+    found = outputs_and_gradients(op(backend, reverse), inputs, softplus)
+    reference = functools.partial(selective_scan_reference, reverse=reverse)
+    expected = outputs_and_gradients(reference, inputs, softplus, torch.float64)
     assert found["y"].dtype == inputs["u"].dtype
     for name, t in inputs.items():
         assert t is None or found[f"d{name}"].dtype == t.dtype
@@ -211,6 +213,25 @@ def with_positive_steps(inputs, softplus):
 def test_half_precision(backend, dtype, tolerance):
     """Only the results are rounded: to 2^-8 (bfloat16) or 2^-11 (float16) of their size, doubled for safety."""
     assert_matches_reference(backend, random_inputs(2, 20, 70, 4, dtype=dtype), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("backend", every_backend)
+@pytest.mark.parametrize("innermost", ["steps", "channels"])
+@pytest.mark.parametrize(("d", "length"), [(20, 70), (32, 150), (3, 5)])
+def test_reverse(backend, innermost, d, length):
+    inputs = random_inputs(2, d, length, 4)
+    if innermost == "channels":
+        inputs |= {name: inputs[name].mT.contiguous().mT for name in ("u", "delta", "B", "C", "z")}
+    assert_matches_reference(backend, inputs, reverse=True)
+
+
+def test_reverse_is_the_scan_of_the_turned_sequence():
+    inputs = random_inputs(2, 5, 12, 3)
+    turned = {name: t.flip(-1) if t.dim() == 3 else t for name, t in inputs.items()}
+    y, last = selective_scan_reference(*inputs.values(), True, reverse=True)
+    expected = selective_scan_reference(*turned.values(), True)
+    assert torch.equal(y, expected[0].flip(-1))
+    assert torch.equal(last, expected[1])
 
 
 @pytest.mark.parametrize("backend", compiled)
@@ -364,7 +385,8 @@ print(scan(50176))
 def test_opcheck(backend, options):
     inputs = random_inputs(2, 5, 70, 3, options=options)
     leaves = [None if t is None else t.requires_grad_() for t in inputs.values()]
-    torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, backend))
+    for reverse in (False, True):
+        torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, reverse, backend))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="tested once")
@@ -531,6 +553,8 @@ def test_causal_convolution(activation):
     if activation:
         expected = expected * torch.sigmoid(expected)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    turned = causal_conv1d(x.flip(-1), weight, bias, activation, reverse=True)
+    torch.testing.assert_close(turned.flip(-1), y, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="activation is 'relu'"):
         causal_conv1d(x, weight, bias, "relu")
 
@@ -586,7 +610,7 @@ def test_triton_is_deterministic_and_an_operator():
         assert torch.equal(value, second[name]), name
     small = random_inputs(2, 5, 300, 3, device="cuda")
     leaves = [t.requires_grad_() for t in small.values()]
-    torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, "triton"))
+    torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, False, "triton"))
 
 
 @pytest.mark.cuda
@@ -609,4 +633,4 @@ def test_mamba_ssm(dtype, options):
     leaves = [None if t is None else t.requires_grad_() for t in random_inputs(1, 4, 9, 4, device="cuda").values()]
     # Not its check of all gradients, which asks for the last state's, too.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, "mamba_ssm"), test_utils=checks)
+    torch.library.opcheck(torch.ops.scan.selective_scan, (*leaves, True, False, "mamba_ssm"), test_utils=checks)

@@ -55,8 +55,11 @@ def replay(options: argparse.Namespace) -> None:
     recipe = state["options"]
     network = create_model(state["inet"])
     network.load_state_dict(state["network"])
-    vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
-    loss = ReflectionLoss(vgg, lambda_vgg=recipe["lambda_vgg"], lambda_rec=recipe["lambda_rec"])
+    weights = {name: recipe[name] for name in ("lambda_vgg", "lambda_rec", "lambda_excl") if name in recipe}
+    vgg = None
+    if network.wants_features or recipe["lambda_vgg"]:
+        vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
+    loss = ReflectionLoss(vgg, **weights)
     model = DSRNetModel(network, vgg, loss, bf16=wants_bf16(recipe["precision"], torch.device("cpu")))
     rows: dict[str, dict[str, float]] = {}
 

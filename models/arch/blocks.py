@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.arch.fused import Gate, gate_project_add, mutual_gate, norm_project
-from models.arch.mamba import ImageMamba
+from models.arch.mamba import ImageMamba, Order
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -110,14 +110,19 @@ class NAF(MuGI):
 
 
 class MuGIM2(MuGI):
-    """MuGI with an image Mamba in the place of channel attention (M2DSRNet)."""
+    """MuGI with an image Mamba in the place of channel attention (M2DSRNet).
+
+    Args:
+        channels, split: as of `Block`.
+        order, shared: as of `ImageMamba`.
+    """
 
     gates = ("none", "mutual")
     attends = False
 
-    def __init__(self, channels: int, split: bool = True):
+    def __init__(self, channels: int, split: bool = True, order: Order = "raster", shared: bool = False):
         super().__init__(channels, split)
-        self.mamba = ImageMamba(channels)
+        self.mamba = ImageMamba(channels, order, shared)
 
     def first(self, x: Tensor) -> Tensor:
         return self.mamba(mutual_gate(super().first(x)))  # (2B, C, H, W)

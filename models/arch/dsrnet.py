@@ -1,16 +1,17 @@
 """DSRNet (Hu & Guo, "Single Image Reflection Separation via Component Synergy", ICCV 2023).
 
-One network for the whole family: the members differ in width, depth and in which block stands where.
-Glossary: v1..v5 the VGG19 features of the mixture, f0..f5 the pyramid's, 2B the two streams of B images.
+One network for the whole family: the members differ in width, depth, in which block stands where and in what feeds
+the pyramid. Glossary: v1..v5 the features of the mixture, f0..f5 the pyramid's, 2B the two streams of B images.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch.blocks import Block, MuGI
+from models.arch.blocks import NAF, Block, MuGI
 from models.arch.lrm import LearnableResidue
 
 STRIDE = 16
@@ -22,35 +23,67 @@ MakeBlock = Callable[[int, bool], nn.Module]
 """block(channels, split) makes a dual-stream block, (2B, C, H, W) -> (2B, C, H, W)."""
 
 
-class Pyramid(nn.Module):
-    """VGG19's features from coarse to fine into one dual-stream feature (DSFNet, section 3.1).
+class LearnedStem(nn.Module):
+    """Features of the image that are learnt with the network, in the place of VGG19's.
 
     Args:
+        colours: channels of the image.
+        channels: of the features, finest first; each has half the height and width of the one before.
+
+    Shapes: (B, colours, H, W) -> (B, channels[0], H, W), (B, channels[1], H/2, W/2), ...
+    """
+
+    def __init__(self, colours: int, channels: Sequence[int]):
+        super().__init__()
+        self.downs = nn.ModuleList([nn.Conv2d(colours, channels[0], 3, padding=1)])
+        self.downs.extend(nn.Conv2d(c, d, 2, stride=2) for c, d in pairwise(channels))
+        self.blocks = nn.ModuleList(NAF(c) for c in channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for down, block in zip(self.downs, self.blocks, strict=True):
+            x = block(down(x))
+            features.append(x)
+        return features
+
+
+class Pyramid(nn.Module):
+    """Features from coarse to fine into one dual-stream feature (DSFNet, section 3.1).
+
+    Args:
+        channels: of the features, finest first; each has half the height and width of the one before.
+        colours: channels of the image.
+        neck: channels of the image's and of the finest features at the end.
         width: channels of the result.
         block: makes the blocks.
         split: passed to every block.
     """
 
-    def __init__(self, width: int, block: MakeBlock, split: bool):
+    def __init__(self, channels: Sequence[int], colours: int, neck: int, width: int, block: MakeBlock, split: bool):
         super().__init__()
-        self.lateral = nn.ModuleList(block(c, split) for c in VGG_CHANNELS)
-        self.image = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), block(32, split))
-        # fuse[i] joins the coarser feature with v(i+1)'s and refine[i] works on the result.
-        self.fuse = nn.ModuleList(nn.Conv2d(c, c, 1) for c in (128, 256, 512, 1024))
-        self.refine = nn.ModuleList(block(c, split) for c in (128, 64, 128, 256))
-        self.narrow = nn.Conv2d(128, 32, 1)
-        self.refine_narrow = block(32, split)
-        self.fuse_image = nn.Conv2d(64, width, 1)
+        self.lateral = nn.ModuleList(block(c, split) for c in channels)
+        self.image = nn.Sequential(nn.Conv2d(colours, neck, 3, padding=1), block(neck, split))
+        # fuse[i] joins the coarser feature with v(i+1)'s and refine[i] works on the result, which but for the finest
+        # has spread its channels over twice the height and width.
+        joined, coarser = [], channels[-1]
+        for c in channels[-2::-1]:
+            joined.insert(0, coarser + c)
+            coarser = joined[0] // 4
+        self.fuse = nn.ModuleList(nn.Conv2d(c, c, 1) for c in joined)
+        self.refine = nn.ModuleList(block(c, split) for c in (joined[0], *(c // 4 for c in joined[1:])))
+        self.narrow = nn.Conv2d(joined[0], neck, 1)
+        self.refine_narrow = block(neck, split)
+        self.fuse_image = nn.Conv2d(2 * neck, width, 1)
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """(B, 3, H, W) and v1..v5 to (2B, width, H, W)."""
+        """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W)."""
         laterals = [block(_both(v)) for block, v in zip(self.lateral, features, strict=True)]
-        f = F.interpolate(laterals[4], scale_factor=2, mode="bilinear", align_corners=True)
-        for level in (3, 2, 1):
+        f = F.interpolate(laterals[-1], scale_factor=2, mode="bilinear", align_corners=True)
+        for level in range(len(laterals) - 2, 0, -1):
             f = self.fuse[level](torch.cat([f, laterals[level]], dim=1))
             f = self.refine[level](F.pixel_shuffle(f, 2))
         f = self.refine[0](self.fuse[0](torch.cat([f, laterals[0]], dim=1)))
-        f = self.refine_narrow(self.narrow(f))  # (2B, 32, H, W)
+        f = self.refine_narrow(self.narrow(f))  # (2B, neck, H, W)
         return self.fuse_image(torch.cat([f, self.image(_both(image))], dim=1))
 
 
@@ -107,6 +140,11 @@ class DSRNet(nn.Module):
         split: whether the blocks' second step has a scale of each stream.
         block: makes the U-Net's blocks.
         pyramid_block: makes the pyramid's blocks.
+        stem: channels of a `LearnedStem`; None leaves the features to VGG19.
+        shuffle: the network works on images of so much less height and width, and as many times more channels.
+        neck: channels of the pyramid's last step.
+        residue: numbers of blocks of each kind of the `LearnableResidue`; None for no residue, which then is 0.
+        residual: whether the transmission is the mixture plus what the network says.
     """
 
     def __init__(
@@ -118,12 +156,20 @@ class DSRNet(nn.Module):
         split: bool,
         block: MakeBlock = MuGI,
         pyramid_block: MakeBlock = MuGI,
+        stem: Sequence[int] | None = None,
+        shuffle: int = 1,
+        neck: int = 32,
+        residue: tuple[int, int] | None = (2, 4),
+        residual: bool = False,
     ):
         super().__init__()
-        self.pyramid = Pyramid(width, pyramid_block, split)
+        colours = 3 * shuffle**2
+        self.shuffle, self.residual = shuffle, residual
+        self.stem = LearnedStem(colours, stem) if stem else None
+        self.pyramid = Pyramid(stem or VGG_CHANNELS, colours, neck, width, pyramid_block, split)
         self.unet = UNet(width, encoder, middle, decoder, block, split)
-        self.head = nn.Conv2d(width, 3, 3, padding=1)
-        self.residue = LearnableResidue(width)
+        self.head = nn.Conv2d(width, colours, 3, padding=1)
+        self.residue = LearnableResidue(width, colours, *residue) if residue else None
         self.to(memory_format=torch.channels_last)
 
     def checkpoint_activations(self) -> None:
@@ -133,12 +179,18 @@ class DSRNet(nn.Module):
             if isinstance(module, Block):
                 module.checkpointed = True
 
-    def forward(self, image: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def wants_features(self) -> bool:
+        """Whether it is to be given VGG19's features."""
+        return self.stem is None
+
+    def forward(self, image: Tensor, features: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Separate a batch of mixtures.
 
         Args:
             image: (B, 3, H, W) in [0, 1]; H and W multiples of 16.
-            features: five maps of VGG19 of the same image, not normalised, (B, 64, H, W) to (B, 512, H/16, W/16).
+            features: five maps of VGG19 of the same image, not normalised, (B, 64, H, W) to (B, 512, H/16, W/16),
+                where the network has no stem of its own.
 
         Returns:
             Transmission, reflection (around [0, 1], not clipped) and residue (in (-1, 1)), (B, 3, H, W) each.
@@ -148,9 +200,14 @@ class DSRNet(nn.Module):
         """
         if image.shape[-2] % STRIDE or image.shape[-1] % STRIDE:
             raise ValueError(f"height and width must be multiples of {STRIDE}, not {tuple(image.shape[-2:])}")
-        x = self.unet(self.pyramid(image, features))  # (2B, width, H, W)
-        transmission, reflection = self.head(x).chunk(2)
-        return transmission, reflection, self.residue(x)
+        mixture, image = image, F.pixel_unshuffle(image, self.shuffle)
+        x = self.unet(self.pyramid(image, self.stem(image) if self.stem else features))  # (2B, width, H, W)
+        transmission, reflection = F.pixel_shuffle(self.head(x), self.shuffle).chunk(2)
+        if self.residual:
+            transmission = mixture + transmission
+        if self.residue is None:
+            return transmission, reflection, torch.zeros_like(mixture)
+        return transmission, reflection, F.pixel_shuffle(self.residue(x), self.shuffle)
 
 
 def _both(x: Tensor) -> Tensor:

@@ -11,16 +11,18 @@ class LearnableResidue(nn.Module):
 
     Args:
         width: C, channels of the features.
+        colours: channels of the result.
+        interact, merge: numbers of blocks on both streams, and on what they are joined to.
 
-    Shapes: (2B, C, H, W), transmissions first -> (B, 3, H, W), in (-1, 1).
+    Shapes: (2B, C, H, W), transmissions first -> (B, colours, H, W), in (-1, 1).
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, colours: int = 3, interact: int = 2, merge: int = 4):
         super().__init__()
         self.expand = nn.Conv2d(width, 2 * width, 1)
-        self.interact = nn.Sequential(*(MuGI(2 * width, split=True) for _ in range(2)))
-        self.merge = nn.Sequential(*(NAF(4 * width) for _ in range(4)))
-        self.head = nn.Conv2d(4 * width, 3, 3, padding=1)
+        self.interact = nn.Sequential(*(MuGI(2 * width, split=True) for _ in range(interact)))
+        self.merge = nn.Sequential(*(NAF(4 * width) for _ in range(merge)))
+        self.head = nn.Conv2d(4 * width, colours, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:
         streams = self.interact(self.expand(features))  # (2B, 2C, H, W)

@@ -1,11 +1,15 @@
 """The Mamba layer (Gu and Dao 2023, figure 3 and algorithm 2) and its use on images."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.scan import causal_conv1d, selective_scan
+
+Order = Literal["raster", "bidirectional", "cross"]
+DIRECTIONS = {"raster": 1, "bidirectional": 2, "cross": 4}
 
 
 class Mamba(nn.Module):
@@ -22,48 +26,76 @@ class Mamba(nn.Module):
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
-        self.d_inner = expand * d_model
-        self.d_state = d_state
-        self.dt_rank = math.ceil(d_model / 16)
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
-        self.D = nn.Parameter(torch.ones(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self._init_step_sizes()
-
-    def _init_step_sizes(self, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-        """delta starts log-uniform in low..high: the bias is its inverse softplus (section 3.6)."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        delta = torch.empty(self.d_inner).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+        d_inner = expand * d_model
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
+        _add_direction(self, d_inner, math.ceil(d_model / 16), d_state, d_conv)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        _draw_step_sizes(self.dt_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The steps stay innermost from the first product to the last, as the convolution and the scan want them;
-        # no tensor is ever transposed in memory.
-        xz = _project(self.in_proj.weight, x.mT)  # (batch, 2 d_inner, length)
-        u, z = xz.chunk(2, dim=1)  # (batch, d_inner, length) each
-        u = causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu")
-        delta_B_C = _project(self.x_proj.weight, u)
-        delta, B, C = delta_B_C.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = _project(self.dt_proj.weight, delta)  # (batch, d_inner, length), without bias
-        y = selective_scan(
-            u,
-            delta,
-            -torch.exp(self.A_log.float()),
-            B,
-            C,
-            D=self.D.float(),
-            z=z,
-            delta_bias=self.dt_proj.bias.float(),
-            delta_softplus=True,
-        )
+        return self.leave(follow(self, *self.enter(x)))
+
+    # The steps stay innermost from the first product to the last, as the convolution and the scan want them;
+    # no tensor is ever transposed in memory.
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, length, d_model) to u and z, (batch, d_inner, length) each."""
+        return _project(self.in_proj.weight, x.mT).chunk(2, dim=1)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """(batch, d_inner, length) to (batch, length, d_model)."""
         if _is_short(self.out_proj.weight, y):
             return self.out_proj(y.mT)
-        return torch.bmm(y.mT, _for_each(y, self.out_proj.weight.mT))  # (batch, length, d_model)
+        return torch.bmm(y.mT, _for_each(y, self.out_proj.weight.mT))
+
+
+class Direction(nn.Module):
+    """What a further direction through the same sequence has of its own beside those of `Mamba`."""
+
+    def __init__(self, like: Mamba) -> None:
+        super().__init__()
+        (d_inner, dt_rank), d_state = like.dt_proj.weight.shape, like.A_log.shape[1]
+        _add_direction(self, d_inner, dt_rank, d_state, like.conv1d.kernel_size[0])
+        _draw_step_sizes(self.dt_proj)
+
+
+def _add_direction(layer: nn.Module, d_inner: int, dt_rank: int, d_state: int, d_conv: int) -> None:
+    """Give a layer what `follow` needs."""
+    layer.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
+    layer.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+    layer.dt_proj = nn.Linear(dt_rank, d_inner)
+    layer.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(d_inner, 1))
+    layer.D = nn.Parameter(torch.ones(d_inner))
+
+
+def _draw_step_sizes(dt_proj: nn.Linear) -> None:
+    """delta starts log-uniform in 1e-3..1e-1: the bias is its inverse softplus (section 3.6)."""
+    nn.init.uniform_(dt_proj.weight, -(dt_proj.in_features**-0.5), dt_proj.in_features**-0.5)
+    delta = torch.empty(dt_proj.out_features).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    with torch.no_grad():
+        dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+
+def follow(layer: Mamba | Direction, u: Tensor, z: Tensor | None, reverse: bool = False) -> Tensor:
+    """A layer's convolution and scan along u, gated by z, from the last step to the first if in reverse.
+
+    Shapes: (batch, d_inner, length) -> the same.
+    """
+    u = causal_conv1d(u, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, activation="silu", reverse=reverse)
+    (_, dt_rank), d_state = layer.dt_proj.weight.shape, layer.A_log.shape[1]
+    delta, B, C = _project(layer.x_proj.weight, u).split([dt_rank, d_state, d_state], dim=1)
+    return selective_scan(
+        u,
+        _project(layer.dt_proj.weight, delta),  # (batch, d_inner, length), without bias
+        -torch.exp(layer.A_log.float()),
+        B,
+        C,
+        D=layer.D.float(),
+        z=z,
+        delta_bias=layer.dt_proj.bias.float(),
+        delta_softplus=True,
+        reverse=reverse,
+    )
 
 
 def _project(weight: Tensor, x: Tensor) -> Tensor:
@@ -85,16 +117,39 @@ def _for_each(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class ImageMamba(nn.Module):
-    """(batch, channels, height, width) -> the same: the pixels, row by row, are a sequence for one Mamba layer.
+    """(batch, channels, height, width) -> the same: the pixels are a sequence for a Mamba layer.
 
-    With channels_last images, which the result is too, neither way copies anything.
+    Args:
+        channels: of the image.
+        order: of the pixels. "raster": row by row, so that a pixel knows those before it. "bidirectional": there and
+            back (Vim, Zhu et al. 2024). "cross": there and back along the rows and along the columns (VMamba, Liu et
+            al. 2024). Between the two projections of the layer the directions' results are added.
+        shared: whether all directions have the same parameters.
+
+    With channels_last images, which the result is too, nothing is copied, however many directions, but for the columns:
+    the image between the projections is turned once, and the result of both ways along them turned back.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, order: Order = "raster", shared: bool = False) -> None:
         super().__init__()
         self.mamba_model = Mamba(channels)
+        self.count = DIRECTIONS[order]
+        self.others = nn.ModuleList(Direction(self.mamba_model) for _ in range(0 if shared else self.count - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         height = x.shape[2]
-        sequence = x.permute(0, 2, 3, 1).flatten(1, 2)  # (batch, height * width, channels)
-        return self.mamba_model(sequence).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+        u, z = self.mamba_model.enter(x.permute(0, 2, 3, 1).flatten(1, 2))  # (batch, d_inner, height * width)
+        layers = [self.mamba_model, *self.others] if self.others else [self.mamba_model] * self.count
+        y = follow(layers[0], u, z)
+        if self.count > 1:
+            y = y + follow(layers[1], u, z, reverse=True)
+        if self.count > 2:
+            u, z = (_turned(t, height) for t in (u, z))
+            columns = follow(layers[2], u, z) + follow(layers[3], u, z, reverse=True)
+            y = y + _turned(columns, x.shape[3])
+        return self.mamba_model.leave(y).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+
+
+def _turned(x: Tensor, rows: int) -> Tensor:
+    """(batch, d, length) of so many rows, row by row, to the same column by column, in new memory."""
+    return x.unflatten(2, (rows, -1)).mT.flatten(2)

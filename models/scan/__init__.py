@@ -15,6 +15,8 @@ Symbols, as in Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selec
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t         (section 3.2: the discretised system)
     y_t     = (C_t h_t + D u_t) silu(z_t)
 
+In reverse h_t follows from h_{t+1}, from the last step to the first, in everything here that takes `reverse`.
+
 Every backend is a module with the same three functions, `scan`, `scan_backward` and `saved_shape`:
 
     reference.py   the recurrence in plain torch: what the others are compared with

@@ -83,7 +83,7 @@ def why_not(name: str, device: str) -> str | None:
         with _disable_current_modes():  # really computes, even where a model is only traced or counted
             tiny = torch.ones(1, 1, 2, device=device)
             state = torch.ones(1, 1, device=device)
-            module.scan(tiny, tiny, -state, tiny, tiny, None, None, None, False)
+            module.scan(tiny, tiny, -state, tiny, tiny, None, None, None, False, False)
             if device == "cuda":
                 torch.cuda.synchronize()  # where a kernel's failure shows
     except Exception as error:  # whatever an installation can get wrong

@@ -10,7 +10,9 @@ from torch import Tensor
 logger = logging.getLogger("scan")
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, reverse: bool = False
+) -> Tensor:
     """y_t = activation(sum_k weight_k x_{t - width + 1 + k} + bias), each channel by itself.
 
     Args:
@@ -18,16 +20,19 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         weight: (d, width).
         bias: (d).
         activation: "silu" or None.
+        reverse: whether to go from the last step to the first: x_{t + width - 1 - k} instead.
 
-    Uses the CUDA kernel of the `causal_conv1d` package where that works (tried once on a tiny tensor), else
-    torch. Raises ValueError for another activation.
+    Uses the CUDA kernel of the `causal_conv1d` package where that works (tried once on a tiny tensor), else torch,
+    as always in reverse: the package's kernel would need a turned copy of x. Raises ValueError for another activation.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation is {activation!r}, not 'silu' or None")
-    if x.is_cuda and package_works():
+    if x.is_cuda and not reverse and package_works():
         return _package()(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), activation=activation)
     width = weight.shape[1]
-    y = F.conv1d(x, weight[:, None], bias, padding=width - 1, groups=len(weight))[..., : x.shape[2]]
+    weight = weight.flip(-1) if reverse else weight
+    y = F.conv1d(x, weight[:, None], bias, padding=width - 1, groups=len(weight))
+    y = y[..., width - 1 :] if reverse else y[..., : x.shape[2]]
     return y if activation is None else F.silu(y)
 
 

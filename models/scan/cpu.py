@@ -319,6 +319,10 @@ def read_tile(tensor, image, channel, channels, step, steps, tile):
         done = steps // LANES * LANES
         for t in range(0, done, LANES):
             transpose(address + 4 * t, per_channel, tile + t * ROW, ROW)
+    elif channels == LANES and per_step == -4:
+        done = steps // LANES * LANES
+        for t in range(LANES - 1, done, LANES):
+            transpose(address - 4 * t, per_channel, tile + t * ROW, -ROW)
     for t in range(done, steps):
         store(tile + t * ROW, constant(0.0))
         for c in range(channels):
@@ -338,6 +342,10 @@ def write_tile(tensor, image, channel, channels, step, steps, tile):
         done = steps // LANES * LANES
         for t in range(0, done, LANES):
             transpose(tile + t * ROW, ROW, address + 4 * t, per_channel)
+    elif channels == LANES and per_step == -4:
+        done = steps // LANES * LANES
+        for t in range(LANES - 1, done, LANES):
+            transpose(tile + t * ROW, -ROW, address - 4 * t, per_channel)
     for t in range(done, steps):
         for c in range(channels):
             copy_number(tile + t * ROW + 4 * c, address + c * per_channel + t * per_step)
@@ -562,7 +570,7 @@ def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     return batch, -(-d // LANES), -(-length // TILE), n, LANES
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y like u, the last state, and what `scan_backward` wants to know; all float32."""
     batch, d, length = u.shape
     n = A.shape[1]
@@ -577,12 +585,13 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
         settings=((d, length, n, blocks), delta_softplus, z is not None),
         packed=(_packed_states(A[None] * LOG2E), _packed(D, d), _packed(delta_bias, d), h, saved),
         strided=(B, C, u, delta, u if z is None else z, y),
+        reverse=reverse,
     )
     return y, _unpacked(h, d), saved, u.new_empty(0)
 
 
 def scan_backward(
-    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse
 ) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias, in float32, from those of y and the last state."""
     batch, d, length = u.shape
@@ -609,6 +618,7 @@ def scan_backward(
             *(dA, dD, dbias, dh, dB_parts, dC_parts),
         ),
         strided=(B, C, u, delta, u if z is None else z, dy, du, ddelta, dz),
+        reverse=reverse,
     )
     _run(
         sum_groups,
@@ -617,6 +627,7 @@ def scan_backward(
         settings=(shape, groups),
         packed=(dB_parts, dC_parts),
         strided=(dB, dC),
+        reverse=reverse,
     )
     dA, dD, dbias = (_unpacked(reduce(torch.add, part), d) for part in (dA, dD, dbias))
     return du, ddelta, dA, dB, dC, dD[:, 0], None if z is None else dz, dbias[:, 0]
@@ -641,11 +652,18 @@ def _unpacked(states: Tensor, d: int) -> Tensor:
     return states.mT.flatten(-3, -2)[..., :d, :].contiguous()
 
 
-def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strided: tuple) -> None:
-    """All tasks of a kernel, by as many threads as torch uses, each with room for `scratch` vectors."""
+def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strided: tuple, reverse: bool) -> None:
+    """All tasks of a kernel, by as many threads as torch uses, each with room for `scratch` vectors.
+
+    In reverse the kernel gets the strided tensors by their last steps, from where it goes back.
+    """
     strided = [t.float() for t in strided]  # what isn't float32 is only read
     addresses = [t.data_ptr() for t in packed]
-    views = [(t.data_ptr(), *(4 * stride for stride in t.stride())) for t in strided]
+    views = []
+    for t in strided:
+        per_image, per_channel, per_step = (4 * stride for stride in t.stride())
+        start = t.data_ptr() + reverse * (t.shape[2] - 1) * per_step
+        views.append((start, per_image, per_channel, -per_step if reverse else per_step))
     threads = min(tasks, torch.get_num_threads())
     pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
     waiting = itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])

@@ -277,7 +277,7 @@ def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     return batch, -(-length // CHUNK) + 1, d, n
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, d, length = u.shape
     n = A.shape[1]
     A, D, delta_bias = _float32(A, D, delta_bias)
@@ -290,17 +290,17 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, T
     grid = chunks, triton.cdiv(d, CHANNELS), batch
     with _device(u):
         chunk_states[grid](
-            *_strided(u, delta, B), A, delta_bias, states, spans, d, length, chunks, **tile
+            *_strided(reverse, u, delta, B), A, delta_bias, states, spans, d, length, chunks, **tile
         )  # fmt: skip
         _carry(states, spans, A, reverse=False)
         forward[grid](
-            *_strided(u, delta, z, y, B, C), A, D, delta_bias, states, d, length, chunks, **tile
+            *_strided(reverse, u, delta, z, y, B, C), A, D, delta_bias, states, d, length, chunks, **tile
         )  # fmt: skip
     return y, states[:, -1].clone(), states, u.new_empty(0)
 
 
 def scan_backward(
-    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse
 ) -> tuple[Tensor | None, ...]:
     batch, d, length = u.shape
     n = A.shape[1]
@@ -326,14 +326,17 @@ def scan_backward(
     grid = chunks, groups, batch
     with _device(u):
         chunk_gradients[grid](
-            *_strided(dy, delta, z, C), A, delta_bias, gradients, spans, d, length, chunks, **tile
+            *_strided(reverse, dy, delta, z, C), A, delta_bias, gradients, spans, d, length, chunks, **tile
         )  # fmt: skip
         _carry(gradients, spans, A, reverse=True)
         backward[grid](
-            *_strided(u, delta, z, dy, du, ddelta, dz, B, C), A, D, delta_bias, saved, gradients,
+            *_strided(reverse, u, delta, z, dy, du, ddelta, dz, B, C), A, D, delta_bias, saved, gradients,
             dA, dB, dC, dD, dbias, d, length, chunks, groups, **tile,
         )  # fmt: skip
-    return du, ddelta, dA.sum((0, 1)), dB.sum(1), dC.sum(1), dD.sum((0, 1)), dz, dbias.sum((0, 1))
+    dB, dC = dB.sum(1), dC.sum(1)  # their partial sums come in the order of the steps' visits
+    if reverse:
+        dB, dC = dB.flip(-1), dC.flip(-1)
+    return du, ddelta, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), dz, dbias.sum((0, 1))
 
 
 def _carry(states: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
@@ -346,9 +349,17 @@ def _carry(states: Tensor, spans: Tensor, A: Tensor, reverse: bool) -> None:
     )  # fmt: skip
 
 
-def _strided(*tensors: Tensor | None) -> list[Tensor | int | None]:
-    """Every tensor followed by its three strides."""
-    return [a for t in tensors for a in ((None, 0, 0, 0) if t is None else (t, *t.stride()))]
+def _strided(reverse: bool, *tensors: Tensor | None) -> list[Tensor | int | None]:
+    """Every tensor followed by its three strides; in reverse it starts at its last step, and goes back from there."""
+    arguments = []
+    for t in tensors:
+        if t is None:
+            arguments += [None, 0, 0, 0]
+        elif reverse:
+            arguments += [t[..., -1:], *t.stride()[:2], -t.stride(2)]
+        else:
+            arguments += [t, *t.stride()]
+    return arguments
 
 
 def _float32(*tensors: Tensor | None) -> list[Tensor | None]:

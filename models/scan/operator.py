@@ -22,6 +22,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     backend: str | None = None,
+    reverse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan of Gu and Dao 2023; layouts and meaning as `selective_scan_fn` of `mamba_ssm`.
 
@@ -33,6 +34,8 @@ def selective_scan(
         delta_softplus: whether delta becomes softplus(delta + delta_bias), else delta + delta_bias.
         return_last_state: whether to return (y, last state (batch, d, n)) instead of y.
         backend: one of `BACKENDS`, above `set_backend` and the environment variable SCAN_BACKEND.
+        reverse: whether to go from the last step to the first, which is then where the last state is. The backends of
+            this project do so where the tensors lie; that of `mamba_ssm` needs turned copies of them.
 
     Any strides are accepted; y has those of u. The state and all sums are float32 (float64 for float64 input).
     y has u's dtype and every gradient that of its input. The gradient is not differentiable again; that of
@@ -44,7 +47,7 @@ def selective_scan(
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
     name = choose_backend(backend or asked_for(), u.device.type, u.dtype)
-    y, last_state, _, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, name)
+    y, last_state, _, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, name)
     return (y, last_state) if return_last_state else y
 
 
@@ -85,19 +88,20 @@ def _scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    reverse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the last state, and what the backend saved for its backward pass."""
     if u.numel() == 0:
-        empty = _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
+        empty = _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
         return tuple(t.zero_() for t in empty)
     module = backend_module(backend)
-    y, last_state, saved, ungated = module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    y, last_state, saved, ungated = module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return _like(y, u), last_state, saved, _like(ungated, u) if ungated.numel() else ungated
 
 
 @_scan.register_fake
-def _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend):
+def _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend):
     batch, d, length = u.shape
     n = A.shape[1]
     state = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -125,6 +129,7 @@ def _scan_backward(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    reverse: bool,
     backend: str,
     needed: list[bool],
 ) -> list[Tensor]:
@@ -134,13 +139,13 @@ def _scan_backward(
     if u.numel() == 0:
         return [torch.zeros_like(t) for t in wanted]
     dy = torch.zeros_like(u) if dy is None else dy
-    grads = backend_module(backend).scan_backward(dy, dlast, saved, ungated, *inputs, delta_softplus)
+    grads = backend_module(backend).scan_backward(dy, dlast, saved, ungated, *inputs, delta_softplus, reverse)
     return [_like(g, t) for g, t, need in zip(grads, inputs, needed, strict=True) if need]
 
 
 @_scan_backward.register_fake
 def _fake_scan_backward(
-    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend, needed
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, needed
 ):
     inputs = u, delta, A, B, C, D, z, delta_bias
     return [torch.empty_like(t) for t, need in zip(inputs, needed, strict=True) if need]
@@ -155,7 +160,7 @@ def _like(value: Tensor, model: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.delta_softplus, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, ctx.backend = inputs
     _, _, saved, ungated = output
     ctx.save_for_backward(saved, ungated, *tensors)
     ctx.set_materialize_grads(False)
@@ -163,8 +168,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, dy, dlast, *_):
     needed = list(ctx.needs_input_grad[:8])
-    found = iter(_scan_backward(dy, dlast, *ctx.saved_tensors, ctx.delta_softplus, ctx.backend, needed))
-    return *(next(found) if need else None for need in needed), None, None
+    how = ctx.delta_softplus, ctx.reverse, ctx.backend
+    found = iter(_scan_backward(dy, dlast, *ctx.saved_tensors, *how, needed))
+    return *(next(found) if need else None for need in needed), None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)

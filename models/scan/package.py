@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from models.scan.reference import turned
+
 CHUNK = 2048  # steps between two states that the kernel keeps
 
 
@@ -15,25 +17,33 @@ def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     return batch, d, -(-length // CHUNK), 2 * n
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if reverse:
+        u, delta, B, C, z = turned(u, delta, B, C, z)
     inputs = _as_wanted(u, delta, A, B, C, D, z, delta_bias)
     y, saved, *gated = _kernel().fwd(*inputs, delta_softplus)
     last_state = saved[:, :, -1, 1::2].contiguous()  # (batch, d, n)
-    return (y, last_state, saved, y.new_empty(0)) if z is None else (gated[0], last_state, saved, y)
+    result, ungated = (y, y.new_empty(0)) if z is None else (gated[0], y)
+    return result.flip(-1) if reverse else result, last_state, saved, ungated
 
 
 def scan_backward(
-    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse
 ) -> tuple[Tensor | None, ...]:
     if dlast is not None:
         raise RuntimeError(
             "selective_scan: backend 'mamba_ssm' passes no gradient through the last state; use 'triton'"
         )
+    if reverse:
+        dy, u, delta, B, C, z = turned(dy, u, delta, B, C, z)
     inputs = _as_wanted(u, delta, A, B, C, D, z, delta_bias)
     dy = _steps_innermost(dy.to(u.dtype))
     ungated = None if z is None else _steps_innermost(ungated)
     du, ddelta, dA, dB, dC, dD, dbias, *dz = _kernel().bwd(*inputs, dy, saved, ungated, None, delta_softplus, False)
-    return du, ddelta, dA, dB.squeeze(1), dC.squeeze(1), dD, dz[0] if dz else None, dbias
+    dB, dC, dz = dB.squeeze(1), dC.squeeze(1), dz[0] if dz else None
+    if reverse:
+        du, ddelta, dB, dC, dz = turned(du, ddelta, dB, dC, dz)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
 def _kernel():

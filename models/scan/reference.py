@@ -15,12 +15,15 @@ def selective_scan_reference(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (batch, d, length) and the last state (batch, d, n); shapes and meaning as in `selective_scan`.
 
     Computes in float64 where u is float64, else in float32; differentiable by autograd, any number of times.
     """
     u, delta, A, B, C, D, z, delta_bias = _widen(u, delta, A, B, C, D, z, delta_bias)
+    if reverse:
+        u, delta, B, C, z = turned(u, delta, B, C, z)
     delta = _step_sizes(delta, delta_bias, delta_softplus)
     h = u.new_zeros(*u.shape[:2], A.shape[1])  # (batch, d, n)
     ys = []
@@ -32,7 +35,7 @@ def selective_scan_reference(
         y = y + D[:, None] * u
     if z is not None:
         y = y * F.silu(z)
-    return y, h
+    return y.flip(-1) if reverse else y, h
 
 
 def runs_on(device: str) -> bool:
@@ -44,13 +47,13 @@ def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     return (0,)
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, h = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, h = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return y, h, h.new_empty(0), h.new_empty(0)
 
 
 def scan_backward(
-    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+    dy, dlast, saved, ungated, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse
 ) -> tuple[Tensor | None, ...]:
     """The adjoint recurrence. With a_t = exp(delta_t A), the gradient of h_t is
 
@@ -59,6 +62,8 @@ def scan_backward(
     ddelta_t = u_t sum_n g_t B_t + sum_n A q_t       dA = sum_t delta_t q_t
     """
     dy, dlast, u, raw, A, B, C, D, z, delta_bias = _widen(dy, dlast, u, delta, A, B, C, D, z, delta_bias)
+    if reverse:
+        dy, u, raw, B, C, z = turned(dy, u, raw, B, C, z)
     delta = _step_sizes(raw, delta_bias, delta_softplus)
     h = u.new_zeros(*u.shape[:2], A.shape[1])
     states = [h]
@@ -90,7 +95,15 @@ def scan_backward(
         ddelta[:, :, t] = u[:, :, t] * dx + torch.einsum("bdn,dn->bd", q, A)
     if delta_softplus:
         ddelta = ddelta * torch.sigmoid(raw if delta_bias is None else raw + delta_bias[:, None])
-    return du, ddelta, dA, dB, dC, (dy * u).sum((0, 2)), dz, ddelta.sum((0, 2))
+    dD, dbias = (dy * u).sum((0, 2)), ddelta.sum((0, 2))
+    if reverse:
+        du, ddelta, dB, dC, dz = turned(du, ddelta, dB, dC, dz)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+def turned(*tensors: Tensor | None) -> list[Tensor | None]:
+    """With the last step first."""
+    return [t if t is None else t.flip(-1) for t in tensors]
 
 
 def _widen(u: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -266,8 +266,8 @@ def test_a_bomb_is_never_decoded(tmp_path, suffix, side, words, reader):
     path = tmp_path / f"bomb.{suffix}"
     path.write_bytes(BOMBS[suffix](side, side))
     assert path.stat().st_size < 10_000
+    assert words in fails(reader, path)  # and what it imports on its first call is no longer counted
     assert peak_while(lambda: fails(reader, path)) < 20 * MIB
-    assert words in fails(reader, path)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -275,8 +275,8 @@ def test_a_file_larger_than_any_photograph_is_not_read(tmp_path, reader):
     path = tmp_path / "huge.png"
     path.write_bytes(picture("PNG"))
     os.truncate(path, 3 * 2**30)  # takes no room on the disk
-    assert peak_while(lambda: fails(reader, path)) < 20 * MIB
     assert "larger than 2 GiB" in fails(reader, path)
+    assert peak_while(lambda: fails(reader, path)) < 20 * MIB
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_does_no_harm(tmp_path):

@@ -39,7 +39,7 @@ class Costs:
     Attributes:
         parameters: of the network.
         forward: FLOPs of its forward pass.
-        vgg: FLOPs of VGG19's features.
+        vgg: FLOPs of VGG19's features, 0 where the network has a stem of its own.
         kept: bytes that the forward pass keeps for the backward pass.
         modules: its parts, the costliest first; together they are all of it.
     """
@@ -67,7 +67,7 @@ def costs(name: str, height: int, width: int, depth: int) -> Costs:
         _take_values(vgg)
         image = torch.empty(1, 3, height, width)
         with FlopCounterMode(display=False) as vgg_counter, torch.no_grad():
-            features = vgg(image)
+            features = vgg(image) if network.wants_features else None
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, kept_bytes(network) as kept:
             network(image, features)
         flops = {called: sum(by_kind.values()) for called, by_kind in counter.get_flop_counts().items()}

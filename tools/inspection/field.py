@@ -72,7 +72,7 @@ def receptive_field(
     total = np.zeros((size, size))
     for image in track(noise, "receptive field", images):
         image = image[None].requires_grad_()
-        features = vgg(image.detach() if hold_features else image)
+        features = vgg(image.detach() if hold_features else image) if network.wants_features else None
         transmission = network(image, features)[0]
         (gradient,) = torch.autograd.grad(transmission[..., size // 2, size // 2].sum(), image)
         total += gradient[0].abs().sum(0).double().numpy() / images
