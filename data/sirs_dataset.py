@@ -30,13 +30,14 @@ class TrainSet(Dataset[Sample]):
     a real pair is mixture minus transmission, in -1..1.
 
     Args:
-        options: seed, crop_size, epoch_size, cache_images and nThreads are used.
+        options: seed, crop_size, epoch_size, synthesis, cache_images and nThreads are used.
         sets: what there is to train on, and in which mix.
     """
 
     def __init__(self, options: Namespace, sets: Sets) -> None:
         self.seed = options.seed
         self.crop_size = options.crop_size
+        self.draw = {"published": Blend.draw, "wide": Blend.draw_wide}[options.synthesis]
         self.photographs = sets.photographs
         self.pairs = sets.pairs
         self.sources = list(sets.mix)
@@ -58,7 +59,7 @@ class TrainSet(Dataset[Sample]):
         if source == "synthetic":
             files = self._partners(epoch, index)
             t, r = (augment(self.images.read(file), augmentation) for file in files)
-            mixture, t, r = synthesize(t, r, Blend.draw(rng))
+            mixture, t, r = synthesize(t, r, self.draw(rng))
             name = "+".join(file.stem for file in files)
         else:
             pair = self.pairs[source][index % len(self.pairs[source])]

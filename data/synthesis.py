@@ -1,10 +1,11 @@
 """Two photographs into one that looks as if taken through glass.
 
 The recipe of the published training data: Fan et al. (CEILNet, ICCV 2017) for the clipped sum, Hu and Guo
-(YTMT, NeurIPS 2021; DSRNet, ICCV 2023) for the screen blend and the probabilities.
+(YTMT, NeurIPS 2021; DSRNet, ICCV 2023) for the screen blend and the probabilities. `Blend.draw_wide` adds what real
+glass does besides.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 KERNEL_SIZES = (5, 7, 9, 11)
 KERNEL_ODDS = (0.1, 0.2, 0.3, 0.4)
 SCREEN_ODDS = 0.7
+GRID = 3
+_FARTHEST_GHOST = 6  # pixels
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Blend:
         alpha: strength of the transmission.
         beta: strength of the reflection.
         screen: screen blend if true, else a sum, darkened and clipped where it exceeds 1.
+        gamma: the layers are mixed as their powers of it: 1 as they are, 2.2 as light is.
+        ghost: where the second surface of the pane mirrors the same again, (down, right) in pixels.
+        ghost_strength: how much of the reflection comes from there.
+        falloff: strength of the reflection from 0 to 1 on a grid of GRID x GRID points, smooth between them; empty
+            for 1 everywhere.
     """
 
     kernel_size: int
@@ -31,6 +39,10 @@ class Blend:
     alpha: float
     beta: float
     screen: bool
+    gamma: float = 1.0
+    ghost: tuple[int, int] = (0, 0)
+    ghost_strength: float = 0.0
+    falloff: tuple[float, ...] = ()
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Blend":
@@ -43,6 +55,26 @@ class Blend:
             screen=bool(rng.random() < SCREEN_ODDS),
         )
 
+    @classmethod
+    def draw_wide(cls, rng: np.random.Generator) -> "Blend":
+        """From a wider distribution, which has the published one within: weaker and sharper reflections, half of them
+        mixed as light is, half of them stronger here than there, a third of them doubled by the pane's second
+        surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015)."""
+        blend = cls.draw(rng)
+        changes: dict[str, object] = {}
+        if rng.random() < 0.5:
+            changes["sigma"] = rng.uniform(0.3, 2)
+        if rng.random() < 0.5:
+            changes["beta"] = rng.uniform(0.1, 0.6)
+        if rng.random() < 0.5:
+            changes["gamma"] = 2.2
+        if rng.random() < 1 / 3:
+            down, right = rng.integers(-_FARTHEST_GHOST, _FARTHEST_GHOST, 2, endpoint=True).tolist()
+            changes |= {"ghost": (down, right), "ghost_strength": rng.uniform(0.2, 0.5)}
+        if rng.random() < 0.5:
+            changes["falloff"] = tuple(rng.uniform(0, 1, GRID * GRID).tolist())
+        return replace(blend, **changes)
+
 
 def synthesize(t: np.ndarray, r: np.ndarray, blend: Blend) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mix a transmission with a blurred reflection.
@@ -53,15 +85,25 @@ def synthesize(t: np.ndarray, r: np.ndarray, blend: Blend) -> tuple[np.ndarray, 
         blend: how.
 
     Returns:
-        The mixture, the transmission as given and the blurred reflection: float32 (H, W, 3) in 0..1. Neither
-        layer is scaled by its strength: these are the targets.
+        The mixture, the transmission as given and the blurred reflection, with its ghost: float32 (H, W, 3) in 0..1.
+        Neither layer is scaled by its strength: these are the targets.
     """
     taps = _gaussian(blend.kernel_size, blend.sigma)
     # a 2-D Gaussian is two 1-D ones: 2k multiplications a pixel instead of k^2
     blurred = cv2.sepFilter2D(r, cv2.CV_32F, taps, taps, borderType=cv2.BORDER_CONSTANT)
-    behind, mirrored = np.float32(blend.alpha) * t, np.float32(blend.beta) * blurred
-    mix = _screen if blend.screen else _clipped_sum
-    return mix(behind, mirrored), t, blurred
+    if blend.ghost_strength:
+        shift = np.float32([[1, 0, blend.ghost[1]], [0, 1, blend.ghost[0]]])
+        second = cv2.warpAffine(blurred, shift, blurred.shape[1::-1], borderMode=cv2.BORDER_REFLECT)
+        blurred = cv2.addWeighted(blurred, 1 - blend.ghost_strength, second, blend.ghost_strength, 0)
+    gamma = np.float32(blend.gamma)
+    light = (lambda x: x) if gamma == 1 else (lambda x: x**gamma)
+    behind, mirrored = np.float32(blend.alpha) * light(t), np.float32(blend.beta) * light(blurred)
+    if blend.falloff:
+        points = np.float32(blend.falloff).reshape(GRID, GRID)
+        strength = cv2.resize(points, mirrored.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        mirrored *= strength[..., None]
+    mixture = (_screen if blend.screen else _clipped_sum)(behind, mirrored)
+    return mixture if gamma == 1 else mixture ** (1 / gamma), t, blurred
 
 
 def _gaussian(size: int, sigma: float) -> np.ndarray:

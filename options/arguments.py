@@ -198,6 +198,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                        metavar=("SYNTHETIC", "REAL", "NATURE"),
                        help="how often a sample comes from each training set; missing sets are left out "
                             "and the rest renormalised")  # fmt: skip
+    group.add_argument("--synthesis", choices=("published", "wide"), default="published",
+                       help="how synthetic reflections are made; wide: also weaker, sharper and ghosted ones, stronger "
+                            "here than there, and mixed in linear light")  # fmt: skip
     group.add_argument("--epoch_size", type=natural_int, default=0, metavar="N",
                        help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
     group.add_argument("--max_dataset_size", type=positive_int, metavar="N",

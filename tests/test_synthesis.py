@@ -76,6 +76,47 @@ def test_stays_within_zero_and_one(seed, height, width, screen):
         assert layer.max() <= 1 + 1e-6
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), height=st.integers(2, 30), width=st.integers(2, 30))
+def test_wide_draws_stay_within_zero_and_one(seed, height, width):
+    rng = np.random.default_rng(seed)
+    t, r = rng.integers(0, 2, (2, height, width, 3)).astype(np.float32)
+    mixture, target, blurred = synthesize(t, r, Blend.draw_wide(rng))
+    assert target is t
+    for layer in (mixture, blurred):
+        assert layer.shape == (height, width, 3) and layer.dtype == np.float32
+        assert np.isfinite(layer).all() and layer.min() >= 0 and layer.max() <= 1 + 1e-6
+
+
+def test_what_wide_draws_add():
+    """Each as it is defined, one at a time."""
+    t, r = photograph("t", 24, 32), photograph("r", 24, 32)
+    plain = Blend(5, 2.0, 0.9, 0.5, True)
+    _, _, blurred = synthesize(t, r, plain)
+
+    mixture, _, _ = synthesize(t, r, replace(plain, gamma=2.2))
+    behind, mirrored = 0.9 * t**2.2, 0.5 * blurred**2.2
+    np.testing.assert_allclose(mixture, (behind + mirrored - behind * mirrored) ** (1 / 2.2), atol=1e-5)
+
+    _, _, doubled = synthesize(t, r, replace(plain, ghost=(2, -3), ghost_strength=0.3))
+    np.testing.assert_allclose(doubled[4:, :-4], 0.7 * blurred[4:, :-4] + 0.3 * blurred[2:-2, 3:-1], atol=1e-5)
+
+    mixture, _, _ = synthesize(t, r, replace(plain, falloff=(0.0,) * 9))
+    np.testing.assert_allclose(mixture, 0.9 * t, atol=1e-6)
+    whole, half = (synthesize(t, r, replace(plain, falloff=(share,) * 9))[0] for share in (1.0, 0.5))
+    np.testing.assert_allclose(whole, synthesize(t, r, plain)[0], atol=1e-6)
+    np.testing.assert_allclose(half, synthesize(t, r, replace(plain, beta=0.25))[0], atol=1e-6)
+
+
+def test_wide_draws_have_the_published_ones_within():
+    rng = np.random.default_rng(0)
+    draws = [Blend.draw_wide(rng) for _ in range(2000)]
+    published = [d for d in draws if d.sigma >= 2 and d.gamma == 1 and not d.falloff and not d.ghost_strength]
+    assert 0.05 < len(published) / len(draws) < 0.12  # 1/2 x 1/2 x 1/2 x 2/3
+    assert 0.45 < np.mean([d.gamma == 2.2 for d in draws]) < 0.55
+    assert 0.28 < np.mean([d.ghost_strength > 0 for d in draws]) < 0.38
+
+
 def test_draws_follow_the_published_distribution():
     rng = np.random.default_rng(0)
     draws = [Blend.draw(rng) for _ in range(4000)]
