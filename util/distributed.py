@@ -95,6 +95,8 @@ class World:
             return
         over = threading.Event()
         files = [folder / f"alive_{rank}" for rank in range(self.size)]
+        _touch(files[self.rank])
+        self.barrier()  # from here on every file is of this start
         thread = threading.Thread(target=_watch, args=(files, self.rank, over), daemon=True)
         thread.start()
         try:
@@ -132,25 +134,23 @@ def _watch(files: list[Path], rank: int, over: threading.Event) -> None:
     """Touch the file of this rank, look at the others', and end this process when one of them stands still.
 
     Counted are missed beats, not seconds: those of a job that is suspended as a whole stand still, too. Nobody is
-    missed before the first sign of life, or after the last, when the file goes.
+    missed after the last sign of life, when the file goes.
     """
-    seen: dict[Path, int | None] = {}
-    missed: dict[Path, int] = {}
+    seen = [_touched(file) for file in files]
+    missed = [0] * len(files)
     while not over.wait(_BEAT):
-        with contextlib.suppress(OSError):  # such as a full disk: the training will meet it, too
-            files[rank].touch()
+        _touch(files[rank])
         for other, file in enumerate(files):
-            touched = _touched(file)
-            if touched is None:
-                missed.pop(file, None)
-            elif file in seen and touched != seen[file]:
-                missed[file] = 0
-            elif file in missed and other != rank:
-                missed[file] += 1
-                if missed[file] == _MISSED:
-                    _end(other, rank)
-            seen[file] = touched
+            before, seen[other] = seen[other], _touched(file)
+            missed[other] = missed[other] + 1 if seen[other] is not None and seen[other] == before else 0
+            if other != rank and missed[other] == _MISSED:
+                _end(other, rank)
     files[rank].unlink(missing_ok=True)
+
+
+def _touch(file: Path) -> None:
+    with contextlib.suppress(OSError):  # such as a full disk: the training will meet it, too
+        file.touch()
 
 
 def _touched(file: Path) -> int | None:

@@ -25,6 +25,7 @@ def lost(monkeypatch) -> list[tuple[int, int]]:
     ended = []
     monkeypatch.setattr(distributed, "_BEAT", 0.02)
     monkeypatch.setattr(distributed, "_end", lambda *ranks: ended.append(ranks))
+    monkeypatch.setattr(World, "barrier", lambda world: None)
     return ended
 
 
@@ -35,13 +36,19 @@ def beat(file: Path, times: int) -> None:
 
 
 def test_a_process_that_stops_showing_life_is_noticed(lost, tmp_path):
-    (tmp_path / "alive_2").touch()  # of an earlier start: not missed before it shows life
-    with World("cpu", rank=0, size=3).watched(tmp_path):
+    with World("cpu", rank=0, size=2).watched(tmp_path):
         beat(tmp_path / "alive_1", 20)
         assert lost == [] and (tmp_path / "alive_0").exists()
         time.sleep(0.6)
     assert lost == [(1, 0)]
     assert not (tmp_path / "alive_0").exists()
+
+
+def test_one_that_hangs_right_at_the_start_is_noticed(lost, tmp_path):
+    (tmp_path / "alive_1").touch()  # its only sign of life, before the watch begins
+    with World("cpu", rank=0, size=2).watched(tmp_path):
+        time.sleep(0.6)
+    assert lost == [(1, 0)]
 
 
 def test_one_that_has_finished_is_not_missed(lost, tmp_path):

@@ -369,11 +369,13 @@ def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken)
     program.write_text(f"""
 import sys
 from pathlib import Path
+from torch import distributed
 sys.path.insert(0, {str(ROOT)!r})
 import data
 discover = data.discover
 def then_break(options):
     sets = discover(options)
+    distributed.barrier()  # both have found it
     Path({str(folder / "test/demo_clip/blended/01.png")!r}).unlink(missing_ok=True)
     return sets
 if {broken}:
