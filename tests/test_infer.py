@@ -267,6 +267,14 @@ def test_published_checkpoint(tmp_path):
     assert (separator.inet, separator.epoch) == ("dsrnet_s", 18)
 
 
+def test_networks_with_their_own_stem_need_no_vgg(tmp_path, pixels):
+    network = create_model("dsrnet_xs")
+    torch.save({"inet": "dsrnet_xs", "network": network.state_dict()}, tmp_path / "xs.pt")
+    separator = load_separator(tmp_path / "xs.pt", gpu_ids=[])
+    assert separator.model.vgg is None
+    assert separator.separate(pixels).transmission.shape == pixels.shape
+
+
 def test_from_python(trained, pixels, real):
     result = infer.remove_reflection(pixels, trained, gpu_ids=[], precision="fp32", tile=64)
     np.testing.assert_array_equal(result.transmission, real.separate(pixels).transmission)

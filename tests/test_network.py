@@ -11,14 +11,15 @@ from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.fused import mutual_gate
 from models.arch.lrm import LearnableResidue
-from models.dsrnet_model_sirs import DSRNetModel
+from models.dsrnet_model_sirs import DSRNetModel, build
 from models.losses import ReflectionLoss
 from models.vgg import Vgg19
 from models.weights import load_weights, translate
+from options import parse_train
 from tests.conftest import GOLDEN, golden, published_state, relative_error
 from tests.golden.fill import fill, image, pyramid, rng
 from tests.plain import plain_forward
-from tools.inspection.costs import kept_bytes
+from tools.inspection.costs import costs, kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 PARAMETERS = {
@@ -120,6 +121,50 @@ def test_named_model(name):
     assert [tuple(o.shape) for o in outputs] == [(1, 3, 16, 32)] * 3
     assert all(torch.isfinite(o).all() for o in outputs)
     assert outputs[2].abs().max() < 1
+
+
+@pytest.mark.parametrize("name", ["dsrnet_xs", "mdsrnet_xs"])
+def test_small_enough_for_a_laptop(name):
+    found = costs(name, 224, 224, depth=1)
+    assert found.parameters <= 2_000_000
+    assert found.forward <= 8e9 and found.vgg == 0
+
+
+def test_a_stem_of_its_own_stands_in_for_vgg():
+    """Features of the number and sizes that the pyramid wants, learnt with the rest."""
+    net = tiny(stem=(8, 16, 12), neck=8, shuffle=4)
+    assert not net.wants_features and tiny().wants_features
+    mixture = inputs(32, 48, 2)[0]
+    small = torch.nn.functional.pixel_unshuffle(mixture, 4)
+    assert [tuple(v.shape) for v in net.stem(small)] == [(2, 8, 8, 12), (2, 16, 4, 6), (2, 12, 2, 3)]
+    outputs = net(mixture)
+    assert [tuple(o.shape) for o in outputs] == [(2, 3, 32, 48)] * 3
+    sum(o.square().sum() for o in outputs).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.stem.parameters())
+
+
+def test_residual_and_no_residue():
+    net = tiny(stem=(8, 16), neck=8, residual=True, residue=None)
+    torch.nn.init.zeros_(net.head.weight)
+    torch.nn.init.zeros_(net.head.bias)
+    mixture = inputs(16, 32, 1)[0]
+    t, r, residue = net(mixture)
+    assert torch.equal(t, mixture) and not r.any() and not residue.any()
+
+
+def test_trains_without_vgg(tmp_path):
+    """A network with its own stem and no perceptual loss never asks for the weights, which may not be there."""
+    options = parse_train(
+        f"--base_dir {tmp_path} --inet dsrnet_xs --lambda_vgg 0 --lambda_excl 0.5 --vgg_weights imagenet".split()
+    )
+    model = build(options, bf16=False)
+    assert model.vgg is None
+    batch = [torch.from_numpy(image(name, 32, 32, 2)) for name in "abc"]
+    terms = model(*batch)
+    assert set(terms) == {"t_pixel", "r_pixel", "exclusion", "reconstruction"}
+    whole = ReflectionLoss(None, lambda_vgg=0)(*model.network(batch[0]), *batch)
+    assert terms["exclusion"].item() == pytest.approx(0.5 * whole["exclusion"].item())
+    assert [tuple(o.shape) for o in model.predict(batch[0][..., :30, :27])] == [(2, 3, 30, 27)] * 3
 
 
 def test_every_published_parameter_has_a_place():

@@ -318,6 +318,12 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
             for name, line in panel.lines.items():
                 axis.plot(line[0], line[number], marker="o", label=name)
             axis.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=label)
+            places = sorted({x for line in panel.lines.values() for x in line[0]})
+            axis.set_xticks(places, [f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in places])
+            axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,g}")
+            for direction in (axis.xaxis, axis.yaxis):
+                direction.set_minor_formatter("")
             axis.grid(alpha=0.3)
         row[0].legend()
     figure.suptitle(title)
