@@ -1,5 +1,6 @@
 """Checkpoints on disk: written so that a kill at any moment leaves the one before whole, and checked when read."""
 
+import json
 import os
 import shutil
 import zipfile
@@ -33,6 +34,19 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
         if previous and path.exists() and not _give_name(path, previous):
             path.replace(previous)  # for a moment there is no `path`
     _flush(path.parent)
+
+
+def save_weights(state: dict[str, torch.Tensor], about: dict, path: Path) -> None:
+    """Write tensors, and plain values about them, as a .safetensors file; `load` returns {**about, "network": state}.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    from safetensors.torch import save
+
+    data = save({name: value.contiguous() for name, value in state.items()}, {"about": json.dumps(about)})
+    with disk.replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def link(path: Path, other: Path) -> None:
@@ -81,10 +95,13 @@ def load(path: str | Path) -> dict:
         UserError: the file is cut short or damaged, of a later version of this program, or holds anything but tensors
             and plain values.
     """
-    _check(Path(path))
+    path = Path(path)
+    weights_only = path.suffix == ".safetensors"
+    if not weights_only:
+        _check(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the damage happens to trigger
+        content = _load_weights(path) if weights_only else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise whatever the damage happens to trigger
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable checkpoint of tensors and plain values ({reason})") from error
     if not isinstance(content, dict):
@@ -93,6 +110,14 @@ def load(path: str | Path) -> dict:
     if isinstance(version, int) and version > FORMAT:
         raise UserError(f"{path}: written by a later version of this program; update it")
     return content
+
+
+def _load_weights(path: Path) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        return about | {"network": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
 
 
 def _check(path: Path) -> None:

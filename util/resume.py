@@ -18,7 +18,7 @@ _CODE = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/*.py")
 # Options that may differ: those that say where, how and how fast, and those that only count at the start.
 _HARMLESS = {"base_dir", "cache_images", "checkpoint_activations", "checkpoints_dir", "comment", "compile", "demo"}
 _HARMLESS |= {"eval_batch", "gpu_ids", "keep", "log_every", "log_norms", "nThreads", "name", "panels", "save_every"}
-_HARMLESS |= {"save_images", "save_steps", "scan_backend", "weight_path"}
+_HARMLESS |= {"save_images", "save_steps", "scan_backend", "skip_bad_images", "weight_path"}
 _UNTOLD = {"config", "list_models", "resume"}
 
 

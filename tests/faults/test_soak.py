@@ -40,7 +40,8 @@ def test_memory_and_open_files_are_flat(tiny_data, tmp_path):
     epochs, memory, files = steady.T
     means = [memory[epochs == epoch].mean() for epoch in np.unique(epochs)]
     growth = np.polyfit(np.unique(epochs), means, 1)[0] / STEPS
-    opened = [files[epochs == epoch].max() for epoch in np.unique(epochs)]
+    # Checkpoints and pictures are open for moments, which a sample may hit or miss; what leaks stays open.
+    opened = [int(np.median(files[epochs == epoch])) for epoch in np.unique(epochs)]
     print(f"\n{len(samples)} samples, {EPOCHS * STEPS} steps; after {2 * STEPS}: {means[0] / 2**20:.0f} MiB resident, ")
     print(f"{growth / 1024:+.2f} KiB a step, at most {memory.max() / 2**20:.0f} MiB; open files: {opened}")
     assert growth < 8 * 1024, "bytes a step: a tensor of the smallest size kept for each would be more"

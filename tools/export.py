@@ -1,0 +1,61 @@
+"""Weights alone, for others to use: a checkpoint's, without the optimiser's state, as a .safetensors file.
+
+    python tools/export.py checkpoints/dsrnet_xs/best.pt -o dsrnet_xs.safetensors
+
+Of the moving average where there is one. The file says which network it is of, and how it was trained but for the
+folders of this machine; all programs here take it as they take a checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from util.errors import UserError
+
+_OF_THIS_MACHINE = {"base_dir", "checkpoints_dir", "config", "demo", "gpu_ids", "name", "resume", "weight_path"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    options = parser.parse_args(argv)
+    if options.output.suffix != ".safetensors":
+        parser.error(f"-o {options.output}: must end in .safetensors")
+    try:
+        print(export(options.checkpoint, options.output))
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def export(source: Path, target: Path) -> str:
+    """Write the weights of a checkpoint; returns a line about them.
+
+    Raises:
+        UserError: it can't be read or is of no network here, or the file can't be written.
+    """
+    from models.arch import create_model
+    from models.weights import architecture_of, load_weights
+    from util import checkpoint
+
+    content = checkpoint.load(source)
+    name = architecture_of(content, str(source))
+    network = create_model(name)
+    rest = load_weights(network, content, str(source))
+    about = {"format": checkpoint.FORMAT, "inet": name}
+    about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
+    if isinstance(rest.get("options"), dict):
+        about["options"] = {key: value for key, value in rest["options"].items() if key not in _OF_THIS_MACHINE}
+    checkpoint.save_weights(network.state_dict(), about, target)
+    return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
