@@ -9,6 +9,8 @@ from options import arguments
 
 PUBLISHED_DATA = Path("dataset/reflection-removal")
 DEMO_DATA = Path("dataset/demo")
+PRETRAINED = arguments.ROOT / "models/pretrained/dsrnet_xs.safetensors"
+"""What programs use that are told no other weights."""
 
 # What the demo changes where neither the command line nor --config says otherwise: a run of about three
 # minutes on two CPU cores, that works without a download.
@@ -98,9 +100,9 @@ def infer_parser() -> argparse.ArgumentParser:
     arguments.add_weights(parser).add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
         metavar="FILE",
-        help="the weights: a run's best.pt or a published file",
+        help="the weights: a run's best.pt, a published file, or one of tools/export.py "
+        f"(default: {PRETRAINED.name}, a small network that is in the box)",
     )
     arguments.add_output(parser)
     arguments.add_tiles(parser)
@@ -115,6 +117,7 @@ def parse_infer(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     parser = infer_parser()
     options = parser.parse_args(argv)
+    options.checkpoint = options.checkpoint or PRETRAINED
     _check_checkpoints(parser, options, [options.checkpoint])
     return options
 

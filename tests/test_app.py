@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from data.demo import write_examples
+from options import PRETRAINED
 from tests.test_runner import executable
 from tools import app
 from util.errors import UserError
@@ -102,14 +103,13 @@ def test_it_is_this_machines_alone_by_default():
 
 def test_checkpoints_are_found_the_newest_first_or_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"there is no checkpoints/\*/best\.pt here"):
-        app.find_checkpoints(None)
+    assert app.find_checkpoints(None) == {"dsrnet_xs, in the box": PRETRAINED}
     for age, name in enumerate(("new", "older", "oldest")):
         path = Path("checkpoints") / name / "best.pt"
         executable(path, "")
         os.utime(path, (1e9 - age, 1e9 - age))
     executable(tmp_path / "published.pt", "")
-    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest"]
+    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest", "dsrnet_xs, in the box"]
     given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt"]
     assert app.find_checkpoints(given) == {"published.pt": given[0], "new": given[1]}
     with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):

@@ -204,7 +204,7 @@ def test_what_is_not_there_is_one_line(tmp_path, capsys):
     assert find_runs(tmp_path / "a") == [tmp_path / "a"]
 
 
-@pytest.mark.parametrize("program", ["summarize", "report", "prepare_data", "model_info"])
+@pytest.mark.parametrize("program", ["summarize", "report", "prepare_data", "model_info", "export"])
 def test_help_is_quick_and_imports_nothing_heavy(program):
     code = f"import sys\nfrom tools import {program}\ntry: {program}.main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"

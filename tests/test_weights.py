@@ -8,7 +8,9 @@ import torch
 
 from models.arch import create_model
 from models.weights import load_weights
+from options import PRETRAINED
 from tests.conftest import GOLDEN, published_state
+from tools import export
 from util import checkpoint
 from util.errors import UserError
 
@@ -27,10 +29,14 @@ def expected(state) -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
-def load(source) -> dict[str, torch.Tensor]:
-    net = create_model("dsrnet_s")
+def load_into(name: str, source) -> dict[str, torch.Tensor]:
+    net = create_model(name)
     load_weights(net, source)
     return net.state_dict()
+
+
+def load(source) -> dict[str, torch.Tensor]:
+    return load_into("dsrnet_s", source)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -121,3 +127,35 @@ def test_writing_replaces_only_when_whole(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space"):
         checkpoint.save({"step": 2}, path)
     assert checkpoint.load(path) == {"step": 1}
+
+
+def test_exported_weights_are_the_averaged_ones_and_say_whose(tmp_path, capsys):
+    net, other = create_model("dsrnet_xs"), create_model("dsrnet_xs")
+    options = {"lr": 1e-3, "precision": "bf16", "base_dir": "/home/me", "name": "mine"}
+    state = {"format": 1, "inet": "dsrnet_xs", "epoch": 3, "global_step": 70, "options": options}
+    checkpoint.save(state | {"network": other.state_dict(), "ema": net.state_dict()}, tmp_path / "last.pt")
+    target = tmp_path / "small.safetensors"
+    assert export.main([str(tmp_path / "last.pt"), "-o", str(target)]) == 0
+    assert "small.safetensors: dsrnet_xs, 7.1 MB" in capsys.readouterr().out
+    content = checkpoint.load(target)
+    assert same(content.pop("network"), net.state_dict())
+    assert content == state | {"options": {"lr": 1e-3, "precision": "bf16"}}
+    assert same(load_into("dsrnet_xs", target), net.state_dict())
+
+    data = target.read_bytes()
+    for damaged in (b"", data[:5], data[:1000], data[:-4], b"\xff" * 100):
+        target.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"small\.safetensors: not a readable checkpoint"):
+            checkpoint.load(target)
+    assert export.main([str(target), "-o", str(tmp_path / "again.safetensors")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_weights_in_the_box():
+    """Small, of the network that they say, and a model card beside them."""
+    assert PRETRAINED.stat().st_size <= 8e6
+    content = checkpoint.load(PRETRAINED)
+    assert content["inet"] == PRETRAINED.stem
+    load_into(PRETRAINED.stem, content)
+    assert PRETRAINED.stem in (PRETRAINED.parent / "README.md").read_text(encoding="utf-8")
+    assert not {"base_dir", "checkpoints_dir"} & content["options"].keys()

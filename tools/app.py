@@ -1,6 +1,6 @@
 """A page for people: drop a photograph, get it without its reflection.
 
-    python tools/app.py                                            every checkpoints/*/best.pt, the newest first
+    python tools/app.py                                            every checkpoints/*/best.pt, and the one in the box
     python tools/app.py --checkpoint dsrnet_l.pt mdsrnet_l.pt      these
     python tools/app.py --checkpoint published.pt --inet dsrnet_l --vgg_weights vgg19.pth
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import separator_settings
+from options import PRETRAINED, separator_settings
 from options.arguments import gpu_list, positive_int
 from util.errors import UserError
 
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                        help=f"to choose from (default: {CHECKPOINTS})")  # fmt: skip
+                        help=f"to choose from (default: {CHECKPOINTS}, then the small network in the box)")  # fmt: skip
     parser.add_argument("--inet", metavar="MODEL", help="the checkpoints' network (default: what they say themselves)")
     parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE",
                         help="VGG19's weights (default: what the checkpoint was trained with)")  # fmt: skip
@@ -144,22 +144,26 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
     """Checkpoints by the names that the page shows.
 
     Args:
-        given: files, or None for all that runs have left under the current folder, the newest first.
+        given: files, or None for all that runs have left under the current folder, the newest first, and the one in
+            the box.
 
     Raises:
-        UserError: a file is missing, or there are none.
+        UserError: a file is missing.
     """
-    found = given or sorted(Path().glob(CHECKPOINTS), key=lambda path: path.stat().st_mtime, reverse=True)
-    if not found:
-        raise UserError(
-            f"no checkpoint: there is no {CHECKPOINTS} here; name a file with --checkpoint, or train one: "
-            './runner.sh cpu dsrnet_s "first run"'
-        )
+    runs = sorted(Path().glob(CHECKPOINTS), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = given or [*runs, PRETRAINED]
     for path in found:
         if not path.is_file():
             raise UserError(f"--checkpoint {path}: there is no such file")
-    names = [path.parent.name if path.match(CHECKPOINTS) else str(path) for path in found]
+    names = [_shown(path) for path in found]
     return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, found, strict=True)}
+
+
+def _shown(path: Path) -> str:
+    """A checkpoint's name on the page."""
+    if path == PRETRAINED:
+        return f"{path.stem}, in the box"
+    return path.parent.name if path.match(CHECKPOINTS) else str(path)
 
 
 class Separators:
