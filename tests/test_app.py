@@ -384,6 +384,7 @@ def test_another_checkpoint_and_one_that_is_damaged(page, photograph):
             "first",
             "second",
             "damaged",
+            "dsrnet_xs, in the box",
         ]
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(name, Keys.ENTER)

@@ -18,6 +18,8 @@ RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "
 class Small(nn.Module):
     """Two convolutions, and numbers that only make its checkpoints larger."""
 
+    wants_features = True
+
     def __init__(self, ballast: int = 1 << 12):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 9, 3, padding=1))
