@@ -10,7 +10,7 @@ from models.arch.dsrnet import DSRNet
 _SMALL = {"width": 32, "encoder": (2, 2, 2), "middle": 4, "decoder": (2, 2, 2), "split": True}
 _MEDIUM = {"width": 64, "encoder": (2, 2, 2, 2), "middle": 4, "decoder": (2, 2, 2, 2), "split": False}
 _LARGE = {"width": 64, "encoder": (2, 2, 4, 8), "middle": 12, "decoder": (2, 2, 2, 2), "split": False}
-# Without VGG19, at a quarter of the resolution: what full resolution costs buys no quality at this size.
+# Without VGG19, at a quarter of the resolution, as full and half resolution are too slow for a laptop.
 _TINY = {"width": 48, "split": True, "shuffle": 4, "residue": (0, 0), "residual": True}
 
 
