@@ -1,6 +1,7 @@
 """The published datasets: synthetic and real pairs, mixed, to train; folders of pairs, to test."""
 
 from argparse import Namespace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,6 @@ class TrainSet(Dataset[Sample]):
         files = [*self.photographs, *(f for pairs in self.pairs.values() for p in pairs for f in p.files[:2])]
         budget = int(options.cache_images * 2**30)
         self.images = ImageCache(files, budget, options.nThreads, least=2 * self.crop_size)
-        self._shuffled: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
         return self.length
@@ -68,13 +68,18 @@ class TrainSet(Dataset[Sample]):
         return _sample(mixture, t, r, f"{source}/{name}")
 
     def _partners(self, epoch: int, index: int) -> list[Path]:
-        """The photographs of a synthetic sample: the epoch's shuffled list, halved, i-th of each half."""
-        if self._shuffled[0] != epoch:
-            rng = generator(self.seed, epoch, 0, _PARTNERS)
-            self._shuffled = epoch, rng.permutation(len(self.photographs))
+        """The photographs of a synthetic sample: a shuffled list, halved, i-th of each half. The list is shuffled
+        every epoch, and in a long one (--epoch_size) again whenever each photograph has been used."""
         half = len(self.photographs) // 2
-        place = index % half
-        return [self.photographs[self._shuffled[1][i]] for i in (place, place + half)]
+        around, place = divmod(index, half)
+        order = _shuffled(self.seed, epoch, around, len(self.photographs))
+        return [self.photographs[order[i]] for i in (place, place + half)]
+
+
+@lru_cache(maxsize=64)  # samples of an epoch come in any order
+def _shuffled(seed: int, epoch: int, around: int, count: int) -> np.ndarray:
+    """(count,) places of photographs."""
+    return generator(seed, epoch, around, _PARTNERS).permutation(count)
 
 
 class TestSet(Dataset[Sample]):

@@ -57,10 +57,12 @@ class Blend:
 
     @classmethod
     def draw_wide(cls, rng: np.random.Generator) -> "Blend":
-        """From a wider distribution, which has the published one within: weaker and sharper reflections, half of them
-        mixed as light is, half of them stronger here than there, a third of them doubled by the pane's second
-        surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015)."""
+        """Half of them from the published distribution, half from a wider one, which has it within: weaker and
+        sharper reflections, half of them mixed as light is, half of them stronger here than there, a third of them
+        doubled by the pane's second surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015)."""
         blend = cls.draw(rng)
+        if rng.random() < 0.5:
+            return blend
         changes: dict[str, object] = {}
         if rng.random() < 0.5:
             changes["sigma"] = rng.uniform(0.3, 2)

@@ -18,12 +18,13 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def pixel_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """0.3 * mean squared error + 0.6 * mean absolute error of the gradients."""
+def pixel_loss(estimate: Tensor, target: Tensor, lambda_l1: float = 0.0) -> Tensor:
+    """0.3 * mean squared error + 0.6 * mean absolute error of the gradients + lambda_l1 * mean absolute error."""
     difference = estimate - target
     # Differences are linear: the gradients' difference is the difference's gradient.
     vertical, horizontal = gradients(difference)
-    return 0.3 * difference.square().mean() + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
+    loss = 0.3 * difference.square().mean() + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
+    return loss + lambda_l1 * difference.abs().mean() if lambda_l1 else loss
 
 
 def exclusion_loss(transmission: Tensor, reflection: Tensor, scales: int = 3) -> Tensor:
@@ -73,16 +74,23 @@ class ReflectionLoss(nn.Module):
         lambda_vgg: weight of the perceptual term; 0 leaves it out.
         lambda_rec: weight of the reconstruction term.
         lambda_excl: weight of the exclusion term.
+        lambda_l1: weight of the mean absolute error in the pixel terms; the published recipe has none.
     """
 
     def __init__(
-        self, vgg: nn.Module | None, lambda_vgg: float = 0.01, lambda_rec: float = 0.2, lambda_excl: float = 1.0
+        self,
+        vgg: nn.Module | None,
+        lambda_vgg: float = 0.01,
+        lambda_rec: float = 0.2,
+        lambda_excl: float = 1.0,
+        lambda_l1: float = 0.0,
     ):
         super().__init__()
         self.perceptual = PerceptualLoss(vgg) if lambda_vgg else None
         self.lambda_vgg = lambda_vgg
         self.lambda_rec = lambda_rec
         self.lambda_excl = lambda_excl
+        self.lambda_l1 = lambda_l1
 
     def forward(
         self,
@@ -100,8 +108,8 @@ class ReflectionLoss(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             t, r, rest = transmission.float(), reflection.float(), residue.float()
             return {
-                "t_pixel": pixel_loss(t, target_t),
-                "r_pixel": pixel_loss(r, target_r),
+                "t_pixel": pixel_loss(t, target_t, self.lambda_l1),
+                "r_pixel": pixel_loss(r, target_r, self.lambda_l1),
                 **perceptual,
                 "exclusion": self.lambda_excl * exclusion_loss(t, r),
                 "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, image),

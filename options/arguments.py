@@ -245,6 +245,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
                        help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
                             "a stem of its own")  # fmt: skip
     group.add_argument("--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
+    group.add_argument("--lambda_l1", type=natural_float, default=0.0,
+                       help="weight of |T - target| and |R - target|, beside their squares and gradients; the "
+                            "published recipe has none")  # fmt: skip
     group.add_argument("--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
 
 

@@ -375,6 +375,15 @@ class TestTrainSet:
             halves.append(frozenset(first))
         assert len(set(halves)) > 3
 
+    def test_a_long_epoch_halves_the_photographs_again_and_again(self, base):
+        """With the list shuffled once only, it would have as many pairs as half the photographs."""
+        options = options_for(base, "--mix", 1, 0, 0, "--epoch_size", 40)
+        dataset = TrainSet(options, discover(options))
+        names = [dataset[0, i]["name"].removeprefix("synthetic/").split("+") for i in range(40)]
+        for around in range(10):
+            assert len({stem for pair in names[4 * around : 4 * around + 4] for stem in pair}) == 8
+        assert len(set(map(tuple, names))) > 20
+
     def test_epoch_size(self, base):
         sets = discover(options_for(base, "--val_split", 0))
         assert len(TrainSet(options_for(base), sets)) == 4 + 5 + 4
