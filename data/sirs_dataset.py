@@ -31,13 +31,13 @@ class TrainSet(Dataset[Sample]):
     a real pair is mixture minus transmission, in -1..1.
 
     Args:
-        options: seed, crop_size, epoch_size, synthesis, cache_images and nThreads are used.
+        options: seed, crop_size, max_scale, epoch_size, synthesis, cache_images and nThreads are used.
         sets: what there is to train on, and in which mix.
     """
 
     def __init__(self, options: Namespace, sets: Sets) -> None:
         self.seed = options.seed
-        self.crop_size = options.crop_size
+        self.crop_size, self.max_scale = options.crop_size, options.max_scale
         self.draw = {"published": Blend.draw, "wide": Blend.draw_wide}[options.synthesis]
         self.photographs = sets.photographs
         self.pairs = sets.pairs
@@ -46,7 +46,7 @@ class TrainSet(Dataset[Sample]):
         self.length = options.epoch_size or sum(sets.sizes.values())
         files = [*self.photographs, *(f for pairs in self.pairs.values() for p in pairs for f in p.files[:2])]
         budget = int(options.cache_images * 2**30)
-        self.images = ImageCache(files, budget, options.nThreads, least=2 * self.crop_size)
+        self.images = ImageCache(files, budget, options.nThreads, least=int(self.max_scale * self.crop_size))
 
     def __len__(self) -> int:
         return self.length
@@ -55,7 +55,7 @@ class TrainSet(Dataset[Sample]):
         epoch, index = key
         rng = generator(self.seed, epoch, index, _SAMPLE)
         source = self.sources[np.searchsorted(self.bounds, rng.random(), side="right")]
-        augmentation = Augmentation.draw(rng, self.crop_size)
+        augmentation = Augmentation.draw(rng, self.crop_size, self.max_scale)
         if source == "synthetic":
             files = self._partners(epoch, index)
             t, r = (augment(self.images.read(file), augmentation) for file in files)

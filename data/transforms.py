@@ -17,7 +17,7 @@ def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Gene
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One draw of the paired augmentation of ERRNet and DSRNet, which scale to once to twice the crop.
+    """One draw of the paired augmentation of ERRNet and DSRNet.
 
     Attributes:
         crop_size: side of the result, in pixels.
@@ -35,11 +35,12 @@ class Augmentation:
     turns: int
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, crop_size: int) -> "Augmentation":
-        """Uniform even short side in c..2c, uniform place, flipped half the time, turned half the time."""
+    def draw(cls, rng: np.random.Generator, crop_size: int, max_scale: float = 2) -> "Augmentation":
+        """Uniform even short side from the crop's to `max_scale` times that (published: 2), uniform place, flipped
+        half the time, turned half the time."""
         return cls(
             crop_size=crop_size,
-            short_side=2 * int(rng.integers(crop_size // 2, crop_size, endpoint=True)),
+            short_side=2 * int(rng.integers(crop_size // 2, int(max_scale * crop_size) // 2, endpoint=True)),
             across=rng.random(),
             down=rng.random(),
             flip=bool(rng.random() < 0.5),

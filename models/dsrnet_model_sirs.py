@@ -77,6 +77,6 @@ def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:
         network.checkpoint_activations()
     vgg = Vgg19(options.vgg_weights) if network.wants_features or options.lambda_vgg else None
     losses = importlib.import_module(f"models.{options.loss}")
-    weights = (options.lambda_vgg, options.lambda_rec, options.lambda_excl, options.lambda_l1)
+    weights = (options.lambda_vgg, options.lambda_rec, options.lambda_excl, options.lambda_mse)
     loss = losses.ReflectionLoss(vgg, *weights)
     return DSRNetModel(network, vgg, loss, bf16)

@@ -18,13 +18,12 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def pixel_loss(estimate: Tensor, target: Tensor, lambda_l1: float = 0.0) -> Tensor:
-    """0.3 * mean squared error + 0.6 * mean absolute error of the gradients + lambda_l1 * mean absolute error."""
+def pixel_loss(estimate: Tensor, target: Tensor, lambda_mse: float = 0.3) -> Tensor:
+    """lambda_mse * mean squared error + 0.6 * mean absolute error of the gradients."""
     difference = estimate - target
     # Differences are linear: the gradients' difference is the difference's gradient.
     vertical, horizontal = gradients(difference)
-    loss = 0.3 * difference.square().mean() + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
-    return loss + lambda_l1 * difference.abs().mean() if lambda_l1 else loss
+    return lambda_mse * difference.square().mean() + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
 
 
 def exclusion_loss(transmission: Tensor, reflection: Tensor, scales: int = 3) -> Tensor:
@@ -74,7 +73,7 @@ class ReflectionLoss(nn.Module):
         lambda_vgg: weight of the perceptual term; 0 leaves it out.
         lambda_rec: weight of the reconstruction term.
         lambda_excl: weight of the exclusion term.
-        lambda_l1: weight of the mean absolute error in the pixel terms; the published recipe has none.
+        lambda_mse: weight of the mean squared error in the pixel terms.
     """
 
     def __init__(
@@ -83,14 +82,14 @@ class ReflectionLoss(nn.Module):
         lambda_vgg: float = 0.01,
         lambda_rec: float = 0.2,
         lambda_excl: float = 1.0,
-        lambda_l1: float = 0.0,
+        lambda_mse: float = 0.3,
     ):
         super().__init__()
         self.perceptual = PerceptualLoss(vgg) if lambda_vgg else None
         self.lambda_vgg = lambda_vgg
         self.lambda_rec = lambda_rec
         self.lambda_excl = lambda_excl
-        self.lambda_l1 = lambda_l1
+        self.lambda_mse = lambda_mse
 
     def forward(
         self,
@@ -108,8 +107,8 @@ class ReflectionLoss(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             t, r, rest = transmission.float(), reflection.float(), residue.float()
             return {
-                "t_pixel": pixel_loss(t, target_t, self.lambda_l1),
-                "r_pixel": pixel_loss(r, target_r, self.lambda_l1),
+                "t_pixel": pixel_loss(t, target_t, self.lambda_mse),
+                "r_pixel": pixel_loss(r, target_r, self.lambda_mse),
                 **perceptual,
                 "exclusion": self.lambda_excl * exclusion_loss(t, r),
                 "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, image),

@@ -226,6 +226,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """Combinations that cannot work."""
     if options.crop_size % 16:
         parser.error(f"--crop_size {options.crop_size}: must be a multiple of 16")
+    if options.max_scale < 1:
+        parser.error(f"--max_scale {options.max_scale:g}: must be at least 1, as a crop has to fit in")
     if sum(options.mix) == 0:
         parser.error("--mix: at least one of the three must be above 0")
     if options.lr_min > options.lr and options.scheduler != "none":

@@ -194,6 +194,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                        help="file of data/ with the datasets (classes TrainSet and TestSet)")  # fmt: skip
     group.add_argument("--crop_size", type=positive_int, default=224, metavar="PIXELS",
                        help="side of the training crops, a multiple of 16")  # fmt: skip
+    group.add_argument("--max_scale", type=natural_float, default=2.0, metavar="CROPS",
+                       help="training images are scaled at random so that their short side is one crop to so many, "
+                            "at least 1")  # fmt: skip
     group.add_argument("--mix", type=natural_float, nargs=3, default=[0.6, 0.2, 0.2],
                        metavar=("SYNTHETIC", "REAL", "NATURE"),
                        help="how often a sample comes from each training set; missing sets are left out "
@@ -245,9 +248,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
                        help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
                             "a stem of its own")  # fmt: skip
     group.add_argument("--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
-    group.add_argument("--lambda_l1", type=natural_float, default=0.0,
-                       help="weight of |T - target| and |R - target|, beside their squares and gradients; the "
-                            "published recipe has none")  # fmt: skip
+    group.add_argument("--lambda_mse", type=natural_float, default=0.3,
+                       help="weight of the squared errors of T and R; that of their gradients is 0.6")  # fmt: skip
     group.add_argument("--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
 
 

@@ -50,6 +50,18 @@ def test_terms_and_gradients_equal_published_ones(network, images):
         assert relative_error(images[ours].grad, expected[theirs]) < 1e-4, theirs
 
 
+def test_weights_of_the_terms(images):
+    """Each weight scales its term alone; that of the squares is theirs within the pixel terms."""
+    values = [images[name].detach() for name in ("out_t", "out_r", "out_rr", "input", "target_t", "target_r")]
+    plain = ReflectionLoss(None, lambda_vgg=0)(*values)
+    other = ReflectionLoss(None, lambda_vgg=0, lambda_rec=0.6, lambda_excl=0.5, lambda_mse=1.3)(*values)
+    squares = {"t_pixel": (values[0] - values[4]).square().mean(), "r_pixel": (values[1] - values[5]).square().mean()}
+    for name, square in squares.items():
+        torch.testing.assert_close(other[name], plain[name] + square)
+    torch.testing.assert_close(other["exclusion"], plain["exclusion"] / 2)
+    torch.testing.assert_close(other["reconstruction"], plain["reconstruction"] * 3)
+
+
 def test_maps_equal_published_ones(network, images):
     expected = golden("losses")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (losses.IMAGENET_MEAN, losses.IMAGENET_STD))

@@ -89,6 +89,7 @@ def test_written_options_are_a_config(tmp_path):
     ("arguments", "told"),
     [
         (["--crop_size", "100"], "multiple of 16"),
+        (["--max_scale", "0.5"], "at least 1"),
         (["--mix", "0", "0", "0"], "--mix"),
         (["--lr", "1e-6"], "--lr_min"),
         (["--lr", "nan"], "finite"),

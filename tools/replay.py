@@ -55,7 +55,9 @@ def replay(options: argparse.Namespace) -> None:
     recipe = state["options"]
     network = create_model(state["inet"])
     network.load_state_dict(state["network"])
-    weights = {name: recipe[name] for name in ("lambda_vgg", "lambda_rec", "lambda_excl", "lambda_l1") if name in recipe}
+    weights = {
+        name: recipe[name] for name in ("lambda_vgg", "lambda_rec", "lambda_excl", "lambda_mse") if name in recipe
+    }
     vgg = None
     if network.wants_features or recipe["lambda_vgg"]:
         vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
