@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from options import parse_train
+from options import PRETRAINED, parse_train
 from util import disk
 from util.console import never_fail
 from util.errors import UserError
@@ -143,6 +143,8 @@ def _load_data(options, world, say):
     sets = data.discover(options)
     for line in sets.describe():
         say(line)
+    if options.demo and options.weight_path == PRETRAINED:
+        say("starting from the weights in the box; --weight_path none starts from scratch")
     files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}
     files |= {f"training pairs of {name}": _files(pairs) for name, pairs in sets.pairs.items()}
     files |= {f"{resume.TEST}{name}": _files(pairs) for name, pairs in sets.tests.items()}

@@ -28,6 +28,17 @@ DEMO_RECIPE = {
     "val_split": 0.2,
 }
 
+# What the demo changes besides where it goes on from the weights in the box. They were trained without the perceptual
+# loss, which means little with a random VGG19.
+BOX_RECIPE = {
+    "weight_path": PRETRAINED,
+    "epoch_size": 320,
+    "batchSize": 8,
+    "lr": 1e-4,
+    "lambda_vgg": 0.0,
+    "lambda_mse": 3.0,
+}
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there is something to show."""
@@ -76,11 +87,15 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     early, _ = parser.parse_known_args(argv)
     config = _read_config(parser, early.config) if early.config else {}
-    base_dir = early.base_dir or config.get("base_dir")
-    demo = base_dir is None and not PUBLISHED_DATA.is_dir()
-    parser.set_defaults(**{**(DEMO_RECIPE if demo else {}), **config})
+    parser.set_defaults(**config)
+    early, _ = parser.parse_known_args(argv)
+    demo = early.base_dir is None and not PUBLISHED_DATA.is_dir()
+    from_box = demo and early.inet == PRETRAINED.stem and early.weight_path is None
+    parser.set_defaults(**((DEMO_RECIPE if demo else {}) | (BOX_RECIPE if from_box else {}) | config))
     options = parser.parse_args(argv)
     options.demo = demo
+    if options.weight_path == Path("none"):
+        options.weight_path = None
     options.name = options.name or options.inet
     options.base_dir = options.base_dir or (DEMO_DATA if demo else PUBLISHED_DATA)
     _check(parser, options)

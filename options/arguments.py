@@ -104,8 +104,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
                             "'auto' starts anew where there is none; 'force' continues though options or data "
                             "have changed that make it another run")  # fmt: skip
     group.add_argument("--weight_path", type=Path, metavar="FILE",
-                       help="start from these weights: a published checkpoint or one of ours; "
-                            "with --nEpochs 0 they are only evaluated")  # fmt: skip
+                       help="start from these weights: a published checkpoint or one of ours; with --nEpochs 0 they "
+                            "are only evaluated; 'none' starts from scratch where the demo would start from the "
+                            "weights in the box")  # fmt: skip
     group.add_argument("--seed", type=natural_int, default=2018, help="of every random draw")
     group.add_argument("--config", type=Path, metavar="FILE.yaml",
                        help="defaults for any option here; the command line wins")  # fmt: skip

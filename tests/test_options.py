@@ -69,6 +69,17 @@ def test_demo_where_there_is_no_data():
     assert parsed.nEpochs == 7, "the command line wins over the demo's schedule"
 
 
+def test_demo_starts_from_the_box_unless_told_otherwise(tmp_path):
+    given = parse_train(["--inet", "dsrnet_xs", "--batchSize", "3"])
+    assert given.weight_path == options.PRETRAINED and given.lambda_vgg == 0 and given.batchSize == 3
+    (tmp_path / "c.yaml").write_text("inet: dsrnet_xs\n")
+    assert parse_train(["--config", "c.yaml"]).weight_path == options.PRETRAINED
+    scratch = parse_train(["--inet", "dsrnet_xs", "--weight_path", "none"])
+    assert scratch.weight_path is None and scratch.lr == options.DEMO_RECIPE["lr"]
+    for elsewhere in (["--inet", "dsrnet_s"], ["--inet", "dsrnet_xs", "--base_dir", "."]):
+        assert parse_train(elsewhere).weight_path is None
+
+
 def test_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 0.002\nnEpochs: 3\nif_align: true\nmix: [1, 0, 0]\nbase_dir: .\n")
     parsed = parse_train(["--config", "c.yaml", "--nEpochs", "4"])

@@ -6,28 +6,54 @@ from functools import partial
 
 from models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
+from models.arch.mamba import Order
 
 _SMALL = {"width": 32, "encoder": (2, 2, 2), "middle": 4, "decoder": (2, 2, 2), "split": True}
 _MEDIUM = {"width": 64, "encoder": (2, 2, 2, 2), "middle": 4, "decoder": (2, 2, 2, 2), "split": False}
 _LARGE = {"width": 64, "encoder": (2, 2, 4, 8), "middle": 12, "decoder": (2, 2, 2, 2), "split": False}
 # Without VGG19, at a quarter of the resolution, as full and half resolution are too slow for a laptop.
 _TINY = {"width": 48, "split": True, "shuffle": 4, "residue": (0, 0), "residual": True}
+_TINY_CONVOLUTIONS = {"encoder": (1, 2), "middle": 3, "decoder": (2, 1), "stem": (32, 64, 96), "neck": 32}
+_TINY_MAMBA = {"encoder": (1, 1), "middle": 2, "decoder": (1, 1), "stem": (24, 48, 64), "neck": 24}
 
 
 def dsrnet_xs() -> DSRNet:
     """DSRNet with a stem of its own in the place of VGG19, for laptops: 1.8 M parameters."""
-    return DSRNet(**_TINY, encoder=(1, 2), middle=3, decoder=(2, 1), stem=(32, 64, 96), neck=32)
+    return DSRNet(**_TINY | _TINY_CONVOLUTIONS)
+
+
+def dsrnet_no_residue_xs() -> DSRNet:
+    """dsrnet_xs without residue, to study what it is good for."""
+    return DSRNet(**_TINY | _TINY_CONVOLUTIONS | {"residue": None})
+
+
+def dsrnet_frozen_stem_xs() -> DSRNet:
+    """dsrnet_xs whose stem stays as it was drawn, to study what learning it is good for."""
+    network = dsrnet_xs()
+    network.stem.requires_grad_(False)
+    return network
 
 
 def mdsrnet_xs() -> DSRNet:
     """dsrnet_xs with Mamba from half of its resolution down, and fewer blocks: 1.7 M parameters."""
-    return DSRNet(
-        **_TINY, encoder=(1, 1), middle=2, decoder=(1, 1), stem=(24, 48, 64), neck=24, block=_mamba_below_the_top
-    )
+    return _mdsrnet_xs("raster")
 
 
-def _mamba_below_the_top(channels: int, split: bool) -> Block:
-    return MuGI(channels, split) if channels == _TINY["width"] else MuGIM2(channels, split)
+def mdsrnet_bidirectional_xs() -> DSRNet:
+    """mdsrnet_xs that scans along rows, there and back."""
+    return _mdsrnet_xs("bidirectional")
+
+
+def mdsrnet2d_xs() -> DSRNet:
+    """mdsrnet_xs that scans along rows and columns, there and back."""
+    return _mdsrnet_xs("cross")
+
+
+def _mdsrnet_xs(order: Order) -> DSRNet:
+    def block(channels: int, split: bool) -> Block:
+        return MuGI(channels, split) if channels == _TINY["width"] else MuGIM2(channels, split, order)
+
+    return DSRNet(**_TINY | _TINY_MAMBA, block=block)
 
 
 def dsrnet_s() -> DSRNet:
