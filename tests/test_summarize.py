@@ -70,6 +70,22 @@ def test_figures_are_those_of_the_picked_epoch(runs, tmp_path):
     assert (c["epoch"], c["picked_by"], c["average"]["PSNR"]) == (2, "last", 26), "no test set picks an epoch"
 
 
+def test_seeds_are_one_row_with_mean_and_spread(runs, tmp_path, capsys):
+    for seed, psnr in ((1, 20.0), (2, 22.0), (3, 27.0)):
+        leave(runs / f"s{seed}", {1: {"mine": psnr, "other": 2 * psnr}}, "--nEpochs", "1", "--seed", str(seed))
+    leave(runs / "s4", {1: {"mine": 40}}, "--nEpochs", "2", "--seed", "4")  # unfinished
+    leave(runs / "lr", {1: {"mine": 40}}, "--nEpochs", "1", "--seed", "5", "--lr", "1e-3")  # another recipe
+    rows = rows_of(runs, tmp_path, "--over_seeds")
+    assert set(rows) == {"a", "deep/b", "c", "s1, s2, s3", "s4", "lr"}
+    merged = rows["s1, s2, s3"]
+    assert merged["seed"] == "1, 2, 3" and rows["s4"]["seed"] == 4
+    assert merged["sets"]["mine"] == {"PSNR": 23, "SSIM": pytest.approx(0.23), "count": 3, "spread": 13**0.5}
+    assert merged["sets"]["other"]["spread"] == pytest.approx(2 * 13**0.5)
+    assert rows["a"]["average"]["spread"] is None
+    assert "23.00 +- 3.61 / 0.230" in capsys.readouterr().out
+    assert set(rows_of(runs, tmp_path)) == {"a", "deep/b", "c", "s1", "s2", "s3", "s4", "lr"}
+
+
 def test_sorted_by_the_picked_epochs_average(runs, tmp_path, capsys):
     assert list(rows_of(runs, tmp_path)) == ["c", "deep/b", "a"]
     assert list(rows_of(runs, tmp_path, "--sort", "best_by_test")) == ["a", "c", "deep/b"]

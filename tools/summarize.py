@@ -3,6 +3,7 @@
     python tools/summarize.py                                  the runs under checkpoints/
     python tools/summarize.py runs --sort real20_420           by the PSNR on one set
     python tools/summarize.py --markdown runs.md --csv runs.csv --json runs.json
+    python tools/summarize.py --over_seeds                     runs that differ in their seed only: mean and spread
 
 The figures of a run are those of the epoch that its held-out pairs picked ('val') or, where it has none, of its last
 epoch ('last'). The best epoch by the test sets stands in a column of its own: it flatters. PSNR is in dB.
@@ -13,7 +14,9 @@ import csv
 import io
 import json
 import math
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +28,9 @@ from util.errors import UserError
 
 # Options that say where and how a run ran, not what was trained on what.
 _NO_RECIPE = {
-    "help", "name", "comment", "checkpoints_dir", "resume", "config", "list_models", "inet", "base_dir", "gpu_ids",
-    "nThreads", "cache_images", "nEpochs", "save_every", "save_steps", "log_every", "log_norms", "eval_batch",
-    "save_images", "panels", "checkpoint_activations", "compile", "scan_backend",
+    "help", "name", "comment", "seed", "checkpoints_dir", "resume", "config", "list_models", "inet", "base_dir",
+    "gpu_ids", "nThreads", "cache_images", "nEpochs", "save_every", "save_steps", "log_every", "log_norms",
+    "eval_batch", "save_images", "panels", "checkpoint_activations", "compile", "scan_backend",
 }  # fmt: skip
 _SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "model")
 _TEXT_WIDTH = 44  # characters of a comment or a recipe on the terminal
@@ -43,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sort", default="average", metavar="KEY",
                         help=f"what comes first: {', '.join(_SORTS)}, or a test set's name (default: average); names, "
                              "hours and disk from the smallest, scores from the highest")  # fmt: skip
+    parser.add_argument("--over_seeds", action="store_true",
+                        help="one line for all finished runs that differ in nothing but their seed: the mean, and with "
+                             "+- the PSNR's standard deviation among them")  # fmt: skip
     for kind in _WRITERS:
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the table as {kind}, too")
     options = parser.parse_args(arguments)
@@ -64,6 +70,8 @@ def summarize(options: argparse.Namespace) -> None:
 
     rows = [row(read_run(folder), options.folder) for folder in find_runs(options.folder)]
     sets = test_sets(rows)
+    if options.over_seeds:
+        rows = over_seeds(rows)
     rows = in_order(rows, options.sort, sets)
     print(terminal_table(rows, sets))
     for note in notes(rows):
@@ -85,6 +93,7 @@ def row(run, root: Path) -> dict:
         "model": run.model,
         "comment": run.comment,
         "recipe": recipe(run.options),
+        "seed": run.options.get("seed"),
         "status": "; ".join(run.problems) or ("finished" if run.is_finished else "unfinished"),
         "epochs": run.epochs[-1] if run.epochs else 0,
         "epochs_wanted": run.epochs_wanted,
@@ -121,6 +130,42 @@ def recipe(options: dict[str, object]) -> str:
     return ", ".join(changed)
 
 
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """One row for all finished runs of a model that differ in their seed only; the others as they are."""
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for number, entry in enumerate(rows):
+        same = (entry["model"], entry["recipe"], entry["epochs"], entry["aligned"])
+        groups[same if entry["status"] == "finished" else number].append(entry)
+    return [_merged(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _merged(rows: list[dict]) -> dict:
+    first = rows[0]
+    return first | {
+        "name": ", ".join(entry["name"] for entry in rows),
+        "comment": ", ".join(dict.fromkeys(entry["comment"] for entry in rows)),
+        "seed": ", ".join(str(entry["seed"]) for entry in rows),
+        "epoch": None,
+        "picked_by": "each",
+        **{key: _mean([entry[key] for entry in rows]) for key in ("average", "published", "val")},
+        "best_by_test": _mean([entry["best_by_test"] for entry in rows]) | {"epoch": None},
+        "sets": {
+            name: _mean([entry["sets"].get(name, _scores(None)) for entry in rows])
+            for name in {name for entry in rows for name in entry["sets"]}
+        },
+        "hours": sum(entry["hours"] or 0 for entry in rows),
+        "disk": sum(entry["disk"] for entry in rows),
+    }
+
+
+def _mean(scores: list[dict]) -> dict:
+    """Of scores of several runs; no mean where one has none."""
+    values = {key: [each[key] for each in scores] for key in ("PSNR", "SSIM")}
+    mean = {key: None if None in those else statistics.fmean(those) for key, those in values.items()}
+    spread = None if mean["PSNR"] is None else statistics.stdev(values["PSNR"])
+    return mean | {"count": scores[0]["count"], "spread": spread}
+
+
 def test_sets(rows: list[dict]) -> list[str]:
     """The test sets of all runs, the published ones first."""
     from util.records import PUBLISHED_SETS
@@ -155,8 +200,9 @@ def columns(sets: list[str], rows: list[dict]) -> dict[str, Callable[[dict], str
     return {
         "run": lambda entry: entry["name"],
         "model": lambda entry: entry["model"] or "?",
+        "seed": lambda entry: _or_dash(entry["seed"]),
         "epochs": lambda entry: f"{entry['epochs']}/{_or_dash(entry['epochs_wanted'])}",
-        "picked": lambda entry: f"{entry['epoch']} {entry['picked_by']}" if entry["picked_by"] else "-",
+        "picked": lambda entry: f"{_or_dash(entry['epoch'])} {entry['picked_by']}" if entry["picked_by"] else "-",
         "average": lambda entry: _pair(entry["average"]),
         **({"published average": lambda entry: _pair(entry["published"])} if published else {}),
         **{name: lambda entry, name=name: _pair(entry["sets"].get(name, _scores(None))) for name in sets},
@@ -229,19 +275,23 @@ def _flat(entry: dict, sets: list[str]) -> dict:
 
 
 def _scores(line: dict | None) -> dict:
-    """PSNR, SSIM and number of images of a line; None for what is missing or not finite."""
+    """PSNR, SSIM and number of images of a line, and the spread of the PSNR, which a single run hasn't; None for what
+    is missing or not finite."""
     line = line or {}
     scores = {key: line.get(key) for key in ("PSNR", "SSIM")}
     scores = {key: value if value is not None and math.isfinite(value) else None for key, value in scores.items()}
-    return scores | {"count": line.get("count")}
+    return scores | {"count": line.get("count"), "spread": None}
 
 
 def _pair(scores: dict) -> str:
-    return "-" if scores["PSNR"] is None else f"{scores['PSNR']:.2f} / {_or_dash(scores['SSIM'], '.3f')}"
+    if scores["PSNR"] is None:
+        return "-"
+    spread = "" if scores["spread"] is None else f" +- {scores['spread']:.2f}"
+    return f"{scores['PSNR']:.2f}{spread} / {_or_dash(scores['SSIM'], '.3f')}"
 
 
 def _best(scores: dict) -> str:
-    return f"{_pair(scores)} ({scores['epoch']})" if scores["epoch"] is not None else "-"
+    return f"{_pair(scores)} ({scores['epoch']})" if scores["epoch"] is not None else _pair(scores)
 
 
 def _or_dash(value: float | None, form: str = "") -> str:
