@@ -54,7 +54,6 @@ def train(options) -> int:
     _choose_scan(options.scan_backend, world)
     _check_resume(options)
     loaders = _load_data(options, world, say)
-    _warn(options, say)
     folder = world.from_main(lambda: _run_folder(options))
     with Lock(folder) as lock:
         world.from_main(lambda: lock.acquire(say))
@@ -78,7 +77,13 @@ def _build(options, loaders, world, folder: Path, say):
     keep_freed_memory()
     make_repeatable(options.seed)
     bf16 = wants_bf16(options.precision, world.device)
-    engine = Engine(options, build_model(options, bf16), loaders, world, folder)
+    model = build_model(options, bf16)
+    if model.vgg is not None and options.vgg_weights == "random":
+        say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
+        say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
+    if options.best_by == "test":
+        say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
+    engine = Engine(options, model, loaders, world, folder)
     count = sum(parameter.numel() for parameter in engine.network.parameters())
     processes = f", {world.size} processes" if world.size > 1 else ""
     say(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
@@ -158,14 +163,6 @@ def _load_data(options, world, say):
 
 def _files(pairs) -> list[Path]:
     return [file for pair in pairs for file in pair.files]
-
-
-def _warn(options, say) -> None:
-    if options.vgg_weights == "random":
-        say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
-        say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
-    if options.best_by == "test":
-        say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
 
 
 def _can_resume(folder: Path) -> bool:
