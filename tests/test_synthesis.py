@@ -111,8 +111,10 @@ def test_what_wide_draws_add():
 def test_wide_draws_have_the_published_ones_within():
     rng = np.random.default_rng(0)
     draws = [Blend.draw_wide(rng) for _ in range(2000)]
-    published = [d for d in draws if d.sigma >= 2 and d.gamma == 1 and not d.falloff and not d.ghost_strength]
-    assert 0.50 < len(published) / len(draws) < 0.58  # 1/2 + 1/2 x (1/2 x 1/2 x 1/2 x 2/3)
+    published = [d for d in draws if d.alpha < 1]
+    assert 0.46 < len(published) / len(draws) < 0.54
+    for draw in published:
+        assert draw.sigma >= 2 and draw.beta >= 0.4 and draw.gamma == 1 and not draw.falloff and not draw.ghost_strength
     assert 0.21 < np.mean([d.gamma == 2.2 for d in draws]) < 0.29
     assert 0.13 < np.mean([d.ghost_strength > 0 for d in draws]) < 0.20
 
