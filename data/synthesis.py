@@ -57,14 +57,14 @@ class Blend:
 
     @classmethod
     def draw_wide(cls, rng: np.random.Generator) -> "Blend":
-        """Half of them from the published distribution, half from a wider one: weaker and sharper reflections, half of
-        them mixed as light is, half of them stronger here than there, a third of them doubled by the pane's second
-        surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015), and a transmission that isn't
-        dimmed, so that where there is no reflection there is nothing to do."""
+        """Half of them from the published distribution, half from a wider one: always a sum, with a transmission that
+        isn't dimmed, so that where there is no reflection there is nothing to do; half of them weaker, half of them
+        sharper, half of them mixed as light is, half of them stronger here than there, a third of them doubled by the
+        pane's second surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015)."""
         blend = cls.draw(rng)
         if rng.random() < 0.5:
             return blend
-        changes: dict[str, object] = {"alpha": 1.0}
+        changes: dict[str, object] = {"alpha": 1.0, "screen": False}
         if rng.random() < 0.5:
             changes["sigma"] = rng.uniform(0.3, 2)
         if rng.random() < 0.5:
