@@ -203,8 +203,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                        help="how often a sample comes from each training set; missing sets are left out "
                             "and the rest renormalised")  # fmt: skip
     group.add_argument("--synthesis", choices=("published", "wide"), default="published",
-                       help="how synthetic reflections are made; wide: half of them are sums with a transmission that isn't "
-                            "dimmed, some weaker, sharper, ghosted, stronger here than there, or in linear "
+                       help="how synthetic reflections are made; wide: half of them as sums with an undimmed "
+                            "transmission, some weaker, sharper, ghosted, stronger here than there, in linear "
                             "light")  # fmt: skip
     group.add_argument("--epoch_size", type=natural_int, default=0, metavar="N",
                        help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip

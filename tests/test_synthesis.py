@@ -115,6 +115,7 @@ def test_wide_draws_have_the_published_ones_within():
     assert 0.46 < len(published) / len(draws) < 0.54
     for draw in published:
         assert draw.sigma >= 2 and draw.beta >= 0.4 and draw.gamma == 1 and not draw.falloff and not draw.ghost_strength
+    assert all(draw.alpha == 1 and not draw.screen for draw in draws if draw not in published)
     assert 0.21 < np.mean([d.gamma == 2.2 for d in draws]) < 0.29
     assert 0.13 < np.mean([d.ghost_strength > 0 for d in draws]) < 0.20
 
