@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 
 from options import parse_evaluate, parse_train
 from tools import evaluate, infer
@@ -111,6 +112,8 @@ def test_native_protocol_measures_what_is_saved(small, finished, tmp_path, monke
         target = read_image(folder / f"transmission_layer/{row['name']}.png") * 255
         for metric, value in quality_assess(made, target).items():
             assert float(row[metric]) == pytest.approx(value, abs=1e-6)
+        joint = peak_signal_noise_ratio(target, made, data_range=255)
+        assert float(row["PSNR_joint"]) == pytest.approx(joint, abs=1e-4)  # of float32 images
 
 
 def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
@@ -129,7 +132,7 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
     assert [row["estimate"] for row in rows[::3]] == ["input", *(str(finished / f"{n}.pt") for n in ("last", "best"))]
     assert all(row["images"] == "1" for row in rows if row["set"] != "average")
     assert all(float(row["LPIPS"]) > 0 for row in rows)
-    assert "LMSE / NCC / LPIPS" in (tmp_path / "evaluation.md").read_text()
+    assert "PSNR_joint / LPIPS" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_lpips_that_cannot_be_had_is_told(monkeypatch):

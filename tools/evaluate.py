@@ -4,12 +4,13 @@
 
 Two protocols. `published`: mixtures and targets resized to multiples of 32, estimates not rounded, as the published
 figures were measured and as a training with --if_align records. `native`: every pixel, estimates rounded to 8 bits, as
-tools/infer.py saves them.
+tools/infer.py saves them. PSNR is the mean over the channels, as published; PSNR_joint is of all channels together.
 """
 
 import csv
 import io
 import json
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -180,12 +181,11 @@ def measure_set(
     jobs = []
     with ThreadPoolExecutor(4) as pool:
         for one in separate(track(loader, f"evaluating {name}", len(loader)), predict):
-            perceived = _perceive(one, native, lpips) if lpips else {"model": {}, "input": {}}
-            jobs.append((one.name, perceived, pool.submit(measure, one, rounded=native)))
+            jobs.append((one.name, _further(one, native, lpips), pool.submit(measure, one, rounded=native)))
     rows = []
-    for image, perceived, job in jobs:
+    for image, further, job in jobs:
         found = job.result()
-        rows.append({"name": image} | {kind: found[kind] | perceived[kind] for kind in ("model", "input")})
+        rows.append({"name": image} | {kind: found[kind] | further[kind] for kind in ("model", "input")})
     return sorted(rows, key=lambda row: row["name"])
 
 
@@ -209,14 +209,19 @@ def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], f
     return distance, ""
 
 
-def _perceive(one: "Separated", rounded: bool, lpips: Callable) -> dict[str, dict[str, float]]:
+def _further(one: "Separated", rounded: bool, lpips: Callable | None) -> dict[str, dict[str, float]]:
+    """Metrics beside the published ones."""
+    from util.metrics import PSNR_LIMIT
+
     estimate = one.transmission.clamp(0, 1)
     if rounded:
         estimate = (estimate * 255 + 0.5).floor() / 255
-    return {
-        "model": {"LPIPS": lpips(estimate, one.target_t)},
-        "input": {"LPIPS": lpips(one.mixture, one.target_t)},
-    }
+    found: dict[str, dict[str, float]] = {}
+    for kind, image in (("model", estimate), ("input", one.mixture)):
+        # The published PSNR is the mean over the channels: one that is as good as equal decides it.
+        mse = max(float((image - one.target_t).square().mean()), 10 ** (-PSNR_LIMIT / 10))
+        found[kind] = {"PSNR_joint": -10 * math.log10(mse)} | ({"LPIPS": lpips(image, one.target_t)} if lpips else {})
+    return found
 
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
@@ -241,7 +246,7 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
     estimates = list(dict.fromkeys(line.estimate for line in lines))
     metrics = list(lines[0].values)
     found = {(line.estimate, line.set): line for line in lines}
-    for pair in [metrics[:2], metrics[2:]]:
+    for pair in [metrics[:2], metrics[2:4], metrics[4:]]:
         rows = []
         for estimate in estimates:
             line = found[estimate, AVERAGE]
@@ -256,7 +261,7 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
 
 
 def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:
-    digits = {"PSNR": 2}
+    digits = {"PSNR": 2, "PSNR_joint": 2}
     shown = zip(values, metrics, strict=True)
     return " / ".join("-" if value is None else f"{value:.{digits.get(metric, 3)}f}" for value, metric in shown)
 
