@@ -105,7 +105,8 @@ def architecture_of(content: dict, where: str) -> str:
 
     Args:
         content: what is in the file. One of our own says the name; for others, the names and shapes of the
-            parameters are compared with those of all networks.
+            parameters are compared with those of all networks. Of networks that differ in training only, it is the
+            one with the shortest name.
         where: the file, for messages.
 
     Raises:
@@ -115,7 +116,7 @@ def architecture_of(content: dict, where: str) -> str:
         return content["inet"]
     state, _ = _find_state(content, where)
     shapes = {name: value.shape for name, value in _translated(state, where).items()}
-    for name in list_models():
+    for name in sorted(list_models(), key=len):
         if shapes == _shapes(name):
             return name
     raise UserError(

@@ -157,7 +157,7 @@ def test_eval(run):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("step --models dsrnet_xl", "there are dsrnet_l, "),
+        ("step --models dsrnet_xl", ", dsrnet_l, "),
         ("step --variants fp16", "compile, graphs, checkpoint"),
         ("step --variants fp32+bf16", "no such variant"),
         ("step --variants compile", "no such variant"),
@@ -165,7 +165,7 @@ def test_eval(run):
         ("step --variants fp32+graphs --device cpu", "CUDA graphs need a GPU"),
         ("step --variants fp32+compile --forward_only", "change the training step"),
         ("step --sizes 40", "must be a multiple of 16"),
-        ("eval --model dsrnet_xl", "there are dsrnet_l, "),
+        ("eval --model dsrnet_xl", ", dsrnet_l, "),
         ("data --base_dir nowhere", "there is no such folder"),
         ("scan --device cpu --backends nothing", "no such backend"),
     ],

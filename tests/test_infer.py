@@ -245,7 +245,7 @@ def test_architecture_is_found_by_the_published_parameters():
 
 
 def test_every_architecture_is_found_and_unique():
-    for name in list_models():
+    for name in set(list_models()) - {"dsrnet_frozen_stem_xs"}:  # has dsrnet_xs's parameters
         state = {key: torch.zeros(()).expand(shape) for key, shape in weights._shapes(name).items()}
         assert architecture_of({"network": state}, "x.pt") == name
 
