@@ -23,23 +23,19 @@ from models.arch.blocks import Block
 from models.weights import check_finite, check_fit
 from options import as_text
 from util import checkpoint, disk, resume
-from util.distributed import World, wants_bf16
+from util.device import enough_memory, less_memory_for_a_step, less_memory_for_images
+from util.distributed import World
 from util.errors import UserError
 from util.evaluation import measure, separate
-from util.guard import Guard, Verdict
 from util.images import write_image
 from util.interrupt import Interrupt, Interrupted
-from util.memory import enough_memory
-from util.norms import Norms
 from util.progress import Progress, track
 from util.records import Record
+from util.stability import BlockNorms, Guard, Verdict
 
 _KINDS = {"inet": str, "options": dict, "epoch": int, "step": int, "global_step": int, "best": float | None}
 _KINDS |= {"network": dict, "ema": dict | None, "ema_updates": int, "optimizer": dict, "random": Tensor}
 """What a checkpoint must hold to be resumed from."""
-
-LEAST_CROP = 64
-"""Side of the smallest training crops worth naming, in pixels."""
 
 
 @dataclass
@@ -126,7 +122,7 @@ class Engine:
         self.norms = None
         if options.log_norms:
             blocks = {name: part for name, part in self.network.named_modules() if isinstance(part, Block)}
-            self.norms = Norms(blocks)
+            self.norms = BlockNorms(blocks)
         self.record: Record | None = None
         if options.compile != "off":
             _compile(self.model, graphs=options.compile == "graphs", device=self.device)
@@ -402,31 +398,23 @@ class Engine:
         return verdict
 
     def _after_skip(self, verdict: Verdict, norm: float) -> str:
-        """What the guard wants done after a skipped step; told in words.
+        """Carry out the guard's verdict on a skipped step; return a message.
 
         Raises:
             Diverged: it has returned often enough.
         """
         guard, step = self.guard, self.global_step
-        told = f"step {step}: skipped, its gradient's norm is {norm:.3g}"
-        if math.isfinite(limit := guard.limit(guard.SKIP)):
-            told += f" (limit {limit:.3g}, usually about {math.exp(guard.mean):.3g})"
+        message = guard.describe_skip(step, norm)
         if verdict is Verdict.RETURN:
-            if guard.returns == guard.MOST_RETURNS:
-                raise Diverged(
-                    f"{told}; the guard has returned to the last good checkpoint {guard.returns} times, which "
-                    f"hasn't helped; {self.folder / 'good.pt'} holds it; try a lower --lr"
-                )
+            if guard.is_exhausted():
+                raise Diverged(f"{message}; {guard.describe_end(self.folder / 'good.pt')}")
             self.world.barrier()  # the main process may still be writing it
             good = checkpoint.load(self.folder / "good.pt")
             self._load_weights(good)
             guard.returned()
-            told += (
-                f"; {guard.PATIENCE} of the last {guard.WINDOW} steps were: back to the weights of step "
-                f"{good['global_step']}, on with {guard.rate:g} times the learning rate"
-            )
+            message += f"; {guard.describe_return(good['global_step'])}"
         self.record.scalars(step, {"guard/skipped_norm": norm, "guard/rate": guard.rate})
-        return told
+        return message
 
     def _rate(self) -> float:
         rate = learning_rate(self.global_step, self.options, self.options.nEpochs * self.steps_per_epoch)
@@ -460,24 +448,7 @@ class Engine:
         return f"{self._what_fits()}; saved before that step: --resume goes on there"
 
     def _what_fits(self) -> str:
-        """What to do about a step that the memory isn't enough for, in words."""
-        options, ways = self.options, []
-        if options.batchSize > 1 and options.compile != "graphs":
-            part = max(size for size in range(1, options.batchSize) if options.batchSize % size == 0)
-            times = options.batchSize // part
-            ways.append(f"--batchSize {part} --accumulate {options.accumulate * times} (the same samples, 1/{times})")
-        if not options.checkpoint_activations:
-            ways.append("--checkpoint_activations (less than half, a third slower)")
-        bf16 = wants_bf16(options.precision, self.device)
-        if not bf16:
-            ways.append("--precision bf16 (about half, but another run)")
-        if (side := int(options.crop_size / math.sqrt(2)) // 16 * 16) >= LEAST_CROP:
-            ways.append(f"--crop_size {side} (about half, but another run)")
-        return (
-            f"not enough memory on {self.device} for step {self.global_step} with --batchSize {options.batchSize}, "
-            f"--crop_size {options.crop_size} and {'bf16' if bf16 else 'fp32'}; what takes less: "
-            + (", ".join(ways) or "a smaller --inet")
-        )
+        return less_memory_for_a_step(self.options, self.device, self.global_step)
 
     # ---- evaluation -------------------------------------------------------------------------------------------
 
@@ -530,7 +501,7 @@ class Engine:
         troubles: list[UserError] = []
 
         def predict(image: Tensor) -> tuple[Tensor, ...]:
-            with enough_memory(lambda: self._what_fits_of(name, image)):
+            with enough_memory(lambda: less_memory_for_images(tuple(image.shape), name, self.device)):
                 return self.model.predict(self._move(image), network)
 
         def until_trouble(batches: Iterable[dict]) -> Iterator[dict]:
@@ -562,16 +533,6 @@ class Engine:
         self._stop_for(troubles[0] if troubles else None)
         rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
         return sorted(rows, key=lambda row: row["name"]), panels
-
-    def _what_fits_of(self, name: str, image: Tensor) -> str:
-        """What to do about test images that the memory isn't enough for, in words."""
-        count, _, height, width = image.shape
-        ways = ["--eval_batch 1"] if count > 1 else ["--precision bf16", "leaving such images out"]
-        return (
-            f"not enough memory on {self.device} to separate {count} of {name} with {width}x{height} pixels; what "
-            f"takes less: {', '.join(ways)}; all steps of the epoch are saved: --resume evaluates it again "
-            "(tools/evaluate.py --protocol native separates images of any size, in tiles)"
-        )
 
 
 def _compile(model: nn.Module, graphs: bool, device: torch.device) -> None:

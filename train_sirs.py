@@ -70,12 +70,10 @@ def _build(options, loaders, world, folder: Path, say):
     """The engine, where the run's last checkpoint has it if it is resumed."""
     from engine import Engine
     from models import build_model
-    from util.allocator import keep_freed_memory
-    from util.distributed import wants_bf16
-    from util.repeatable import make_repeatable
+    from util.device import keep_freed_memory, set_deterministic, wants_bf16
 
     keep_freed_memory()
-    make_repeatable(options.seed)
+    set_deterministic(options.seed)
     bf16 = wants_bf16(options.precision, world.device)
     model = build_model(options, bf16)
     if model.vgg is not None and options.vgg_weights == "random":

@@ -15,9 +15,9 @@ from models.vgg import Vgg19
 from models.weights import architecture_of, load_weights
 from util import tiles
 from util.checkpoint import load
-from util.distributed import join, wants_bf16
+from util.device import available_memory, enough_memory, wants_bf16
+from util.distributed import join
 from util.errors import UserError
-from util.memory import available_memory, enough_memory
 
 PARTS = ("transmission", "reflection", "residue")
 

@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STRIDE = 16
+"""Sides of crops, tiles and overlaps are multiples of it, as the networks' input is."""
+
 _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
 
 
@@ -27,10 +30,10 @@ def positive_int(text: str) -> int:
 
 
 def sixteens(text: str) -> int:
-    """argparse type: a positive multiple of 16."""
+    """argparse type: a positive multiple of STRIDE, which is 16."""
     value = positive_int(text)
-    if value % 16:
-        raise argparse.ArgumentTypeError(f"{text} is not a multiple of 16")
+    if value % STRIDE:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {STRIDE}")
     return value
 
 

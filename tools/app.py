@@ -244,8 +244,8 @@ def separate_file(separator, path: Path, folder: Path) -> tuple[Path, Path, Path
     Raises:
         UserError: the file is not an image, damaged, or too large.
     """
+    from util.device import enough_memory
     from util.images import read_image, write_image
-    from util.memory import enough_memory
 
     before = folder / f"{path.stem}.jpg"
     transmission, reflection = (folder / f"{path.stem}-{layer}.png" for layer in ("transmission", "reflection"))

@@ -99,10 +99,9 @@ def evaluate(options: Namespace) -> None:
     """
     import data
     from models.separator import load_separator
-    from util.allocator import keep_freed_memory
-    from util.repeatable import make_repeatable
+    from util.device import keep_freed_memory, set_deterministic
 
-    make_repeatable(seed=0)
+    set_deterministic(seed=0)
     keep_freed_memory()
     # All that discover and the loaders look at; `demo` keeps the former from telling what `doubts` tells.
     chosen = Namespace(

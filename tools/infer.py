@@ -71,7 +71,7 @@ def infer(options: Namespace) -> int:
     Raises:
         UserError: nothing can be done at all.
     """
-    from util.allocator import release_freed_memory
+    from util.device import release_freed_memory
     from util.progress import Progress
 
     jobs = find_jobs(options)
@@ -173,7 +173,7 @@ def separate(separator: "Separator", job: Job) -> None:
 
 def _load(options: Namespace) -> "Separator":
     from models.separator import load_separator
-    from util.allocator import keep_freed_memory
+    from util.device import keep_freed_memory
 
     keep_freed_memory()
     separator = load_separator(options.checkpoint, **separator_settings(options))

@@ -47,7 +47,7 @@ def replay(options: argparse.Namespace) -> None:
     from models.losses import ReflectionLoss
     from models.vgg import Vgg19
     from util import checkpoint
-    from util.distributed import wants_bf16
+    from util.device import wants_bf16
 
     state = checkpoint.load(options.file)
     if not {"batch", "names", "network", "inet", "options"} <= state.keys():

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from util.device import choose_device
 from util.errors import UserError
 
 _PATIENCE = timedelta(minutes=20)  # for a process that lives but doesn't come: one may be compiling, or writing slowly
@@ -122,7 +123,7 @@ def join(gpu_ids: list[int] | None) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    device = _device(gpu_ids, local_rank, size)
+    device = choose_device(gpu_ids, local_rank, size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
@@ -171,32 +172,3 @@ def _end(lost: int, rank: int) -> None:
         flush=True,
     )
     os._exit(1)
-
-
-def _device(gpu_ids: list[int] | None, local_rank: int, size: int) -> torch.device:
-    if gpu_ids == []:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if gpu_ids in (None, [0]) and torch.backends.mps.is_available() and size == 1:
-            return torch.device("mps")
-        if gpu_ids:
-            raise UserError(f"--gpu_ids {','.join(map(str, gpu_ids))}: PyTorch finds no such GPU here; -1 is the CPU")
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    ids = list(range(count if size > 1 else 1)) if gpu_ids is None else gpu_ids
-    if max(ids) >= count:
-        raise UserError(f"--gpu_ids {max(ids)}: there is no such GPU; there are {', '.join(map(str, range(count)))}")
-    if len(ids) > 1 and size == 1:
-        raise UserError("several GPUs want one process each: ./runner.sh 0,1 MODEL 'COMMENT', or torchrun")
-    if local_rank >= len(ids):
-        raise UserError(f"{local_rank + 1} processes on this machine, but only {len(ids)} GPUs for them")
-    return torch.device("cuda", ids[local_rank])
-
-
-def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Whether --precision means bfloat16 on this device; "auto" does where the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from util.allocator import release_freed_memory
+from util.device import release_freed_memory
 from util.metrics import quality_assess
 
 

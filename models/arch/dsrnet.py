@@ -13,9 +13,7 @@ from torch.nn import functional as F
 
 from models.arch.blocks import NAF, Block, MuGI
 from models.arch.lrm import LearnableResidue
-
-STRIDE = 16
-"""Height and width of the network's input must be multiples of it."""
+from options.arguments import STRIDE
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from models.arch import list_models
-from util.memory import available_memory
+from util.device import available_memory
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]

@@ -15,10 +15,9 @@ from models import build_model
 from options import parse_train
 from options.arguments import positive_int
 from tools.benchmarks import common
-from util.allocator import keep_freed_memory
-from util.distributed import join, wants_bf16
+from util.device import keep_freed_memory, set_deterministic, wants_bf16
+from util.distributed import join
 from util.interrupt import Interrupt
-from util.repeatable import make_repeatable
 
 TEST_SET = "random"
 EVALUATION, FORWARDS = "evaluation", "forward passes"
@@ -88,7 +87,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
     world = join(training.gpu_ids)
     loaders = Loaders(None, None, build_test_loaders(training, discover(training)))
     keep_freed_memory()
-    make_repeatable(training.seed)
+    set_deterministic(training.seed)
     model = build_model(training, wants_bf16(training.precision, world.device))
     return Engine(training, model, loaders, world, folder / "run"), loaders.tests[TEST_SET]
 

@@ -28,8 +28,7 @@ from models.vgg import Vgg19
 from options.arguments import natural_float, positive_int
 from tools.benchmarks import common
 from tools.inspection.costs import FORMULAS
-from util.allocator import keep_freed_memory
-from util.repeatable import make_repeatable
+from util.device import keep_freed_memory, set_deterministic
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
@@ -214,7 +213,7 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
         raise SystemExit(f"error: --variants plain: has no Mamba layers, and {mamba[0]} has; leave one of them out")
     if options.plot:
         common.import_matplotlib()
-    make_repeatable(seed=0)  # the settings of torch that a training runs under
+    set_deterministic(seed=0)  # the settings of torch that a training runs under
     if options.keep_freed_memory:
         keep_freed_memory()
     return device, variants

@@ -12,8 +12,8 @@ from models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.fused import gate_project_add
 from tests.test_engine import run, same, state_of
 from util import checkpoint
-from util.guard import Guard, Verdict
 from util.records import read_metrics
+from util.stability import Guard, Verdict
 
 
 def usual(guard: Guard, steps: int, spread: float = 0.5) -> None:
