@@ -28,7 +28,7 @@ from util.distributed import World
 from util.errors import UserError
 from util.evaluation import measure, separate
 from util.images import write_image
-from util.interrupt import Interrupt, Interrupted
+from util.program import Interrupt, Interrupted
 from util.progress import Progress, track
 from util.records import Record
 from util.stability import BlockNorms, Guard, Verdict

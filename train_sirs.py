@@ -4,34 +4,25 @@ import itertools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from options import PRETRAINED, parse_train
 from util import disk
-from util.console import never_fail
 from util.errors import UserError
-from util.interrupt import Interrupt, Interrupted
+from util.program import Interrupted, run
 
 
-def main() -> int:
-    """The program; returns its exit status."""
-    never_fail()
-    options = parse_train()
-    try:
-        with Interrupt(at_once=True):  # until `Engine.fit` has something to save
-            # Only now, so that --help and a mistyped option answer at once.
-            from models.arch import list_models
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 1 after a training that diverged."""
+    options = parse_train(argv)
+    # Only now, so that --help and a mistyped option answer at once.
+    from models.arch import list_models
 
-            if options.list_models:
-                print("\n".join(list_models()))
-                return 0
-            return train(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as stop:
-        print(f"stopped by {stop.signal} while not training; nothing is lost")
-        return 128 + stop.number
+    if options.list_models:
+        print("\n".join(list_models()))
+        return 0
+    return train(options)
 
 
 def train(options) -> int:
@@ -203,4 +194,4 @@ def _say_where_to_look(folder: Path, say) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -22,7 +22,7 @@ from models.arch import create_model
 from options import parse_train, train_parser
 from tools import replay
 from train_sirs import train
-from util import checkpoint
+from util import checkpoint, program
 from util.errors import UserError
 from util.images import read_image
 from util.records import PUBLISHED_SETS, Record, read_metrics, table
@@ -213,10 +213,10 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch,
     assert len(saved["names"]) == 2 and all(name in told for name in saved["names"])
     assert saved["batch"]["input"].shape == (2, 3, 32, 32) and math.isnan(saved["terms"]["exclusion"])
     assert "network" in saved and Diverged.__name__ not in told
-    assert replay.main([str(next(folder.glob("nonfinite_*.pt")))]) == 0
+    assert program.run(replay.main, [str(next(folder.glob("nonfinite_*.pt")))]) == 0
     told = capsys.readouterr().out
     assert saved["names"][0] in told and "exclusion nan" in told and "unet.middle.3" in told
-    assert replay.main([str(folder / "last.pt")]) == 2
+    assert program.run(replay.main, [str(folder / "last.pt")]) == 2
 
 
 def test_every_option_is_read(tiny_data, tmp_path, monkeypatch):

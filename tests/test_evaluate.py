@@ -17,6 +17,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from options import parse_evaluate, parse_train
 from tools import evaluate, infer
 from train_sirs import train
+from util import program
 from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess
@@ -46,7 +47,7 @@ def finished(small, tmp_path_factory) -> Path:
 
 def run(small: Path, finished: Path, *more: object) -> int:
     line = [finished / "last.pt", "--base_dir", small, "--gpu_ids", "-1", "--nThreads", "0", *more]
-    return evaluate.main([str(word) for word in line])
+    return program.run(evaluate.main, [str(word) for word in line])
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance))
     line = [finished / "last.pt", finished / "best.pt", "--base_dir", small, "--max_dataset_size", "1", "-o", tmp_path]
-    assert evaluate.main([*map(str, line), "--gpu_ids=-1", "--nThreads=0"]) == 0
+    assert program.run(evaluate.main, [*map(str, line), "--gpu_ids=-1", "--nThreads=0"]) == 0
     rows = rows_of(tmp_path / "evaluation.csv")
     assert [row["estimate"] for row in rows[::3]] == ["input", *(str(finished / f"{n}.pt") for n in ("last", "best"))]
     assert all(row["images"] == "1" for row in rows if row["set"] != "average")

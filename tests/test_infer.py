@@ -24,7 +24,7 @@ from options import parse_infer
 from tests.conftest import GOLDEN, children_seconds, published_state
 from tests.test_images import UPRIGHT, chunk
 from tools import infer
-from util import photographs, tiles
+from util import photographs, program, tiles
 from util.errors import UserError
 from util.photographs import read_photograph
 
@@ -106,7 +106,7 @@ def test_precision_is_that_of_the_training(trained, tmp_path):
 
 def run(tmp_path: Path, *arguments: object) -> int:
     (tmp_path / "weights.pt").touch()
-    return infer.main(["--checkpoint", str(tmp_path / "weights.pt"), *map(str, arguments)])
+    return program.run(infer.main, ["--checkpoint", str(tmp_path / "weights.pt"), *map(str, arguments)])
 
 
 # ---- tiles ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from models.vgg import Vgg19
 from tools import model_info
 from tools.inspection import field
 from tools.inspection.costs import costs, kept_bytes
-from util import checkpoint
+from util import checkpoint, program
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_radius_and_halves():
 def test_the_program(tmp_path, capsys):
     picture = tmp_path / "reach.png"
     command = ["dsrnet_s", "mdsrnet_s", "--size", "60", "48", "--receptive_field", str(picture)]
-    assert model_info.main([*command, "--field_size", "30", "--images", "1"]) == 0
+    assert program.run(model_info.main, [*command, "--field_size", "30", "--images", "1"]) == 0
     told = capsys.readouterr().out
     assert "9,871,590" in told and "64 x 48 pixels" in told and "32 x 32 pixels" in told
     assert "random residual scales, std 0.5" in told
@@ -146,10 +146,10 @@ def test_a_checkpoint_decides_what_is_seen(tmp_path, capsys):
     checkpoint.save({"network": state}, tmp_path / "zero.pt")
     picture = tmp_path / "reach.png"
     command = ["dsrnet_s", "--size", "16", "16", "--receptive_field", str(picture), "--field_size", "32"]
-    assert model_info.main([*command, "--checkpoint", str(tmp_path / "zero.pt")]) == 2
+    assert program.run(model_info.main, [*command, "--checkpoint", str(tmp_path / "zero.pt")]) == 2
     assert "gradient is 0" in capsys.readouterr().err and not picture.exists()
     checkpoint.save({"network": network.state_dict()}, tmp_path / "fresh.pt")
-    assert model_info.main([*command, "--checkpoint", str(tmp_path / "fresh.pt"), "--images", "1"]) == 0
+    assert program.run(model_info.main, [*command, "--checkpoint", str(tmp_path / "fresh.pt"), "--images", "1"]) == 0
     assert "fresh.pt" in capsys.readouterr().out
     assert math.prod(Image.open(picture).size) > 0
 
@@ -163,6 +163,6 @@ def test_a_checkpoint_decides_what_is_seen(tmp_path, capsys):
     ],
 )
 def test_what_cannot_work_is_one_line(arguments, told, capsys):
-    assert model_info.main(arguments) == 2
+    assert program.run(model_info.main, arguments) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1

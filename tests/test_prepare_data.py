@@ -20,6 +20,7 @@ from data.folders import PHOTOGRAPHS
 from tools import prepare_data
 from tools.preparation import download
 from tools.preparation.check import REAL20
+from util import program
 from util.images import read_image, write_image
 
 
@@ -104,7 +105,7 @@ def test_check_finds_what_cannot_be_used(base, capsys):
 
 
 def test_check_of_nothing(tmp_path, capsys):
-    assert prepare_data.main(["check", str(tmp_path / "none")]) == 2
+    assert program.run(prepare_data.main, ["check", str(tmp_path / "none")]) == 2
     assert "none" in errors(capsys)
 
 
@@ -145,7 +146,8 @@ def test_unpack_gives_what_is_in_it(make, name, tmp_path, capsys):
     assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 0
     assert contents(tmp_path / "out") == FILES
     assert f"--base_dir {tmp_path / 'out/sirs'}\n" in capsys.readouterr().out
-    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 2, "nothing is overwritten"
+    status = program.run(prepare_data.main, ["unpack", str(archive), str(tmp_path / "out")])
+    assert status == 2, "nothing is overwritten"
     assert "is there already" in errors(capsys)
 
 
@@ -156,7 +158,7 @@ def test_unpack_gives_what_is_in_it(make, name, tmp_path, capsys):
 def test_unpack_lets_nothing_out(make, name, tmp_path, capsys):
     archive = make(tmp_path / "archive", {"good": b"1", name: b"evil"})
     before = contents(tmp_path)
-    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "deep/out")]) == 2
+    assert program.run(prepare_data.main, ["unpack", str(archive), str(tmp_path / "deep/out")]) == 2
     assert "name within a folder" in errors(capsys)
     assert contents(tmp_path) == before and not Path("/tmp/evil_of_a_test").exists()
 
@@ -166,7 +168,7 @@ def test_unpack_refuses_links_and_devices(kind, tmp_path, capsys):
     link = tarfile.TarInfo("link")
     link.type, link.linkname = kind, "/etc"
     archive = make_tar(tmp_path / "a.tar.gz", {"good": b"1"}, link)
-    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 2
+    assert program.run(prepare_data.main, ["unpack", str(archive), str(tmp_path / "out")]) == 2
     assert "'link' is a" in errors(capsys) and not (tmp_path / "out").exists()
 
 
@@ -175,7 +177,7 @@ def test_unpack_refuses_a_zips_links(tmp_path, capsys):
     info.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(info, "/etc")
-    assert prepare_data.main(["unpack", str(tmp_path / "a.zip"), str(tmp_path / "out")]) == 2
+    assert program.run(prepare_data.main, ["unpack", str(tmp_path / "a.zip"), str(tmp_path / "out")]) == 2
     assert "'link' is a link" in errors(capsys) and not (tmp_path / "out").exists()
 
 
@@ -202,7 +204,7 @@ def test_unpack_tells_damage(tmp_path, capsys):
     tar = make_tar(tmp_path / "a.tar.gz", {"x": np.random.default_rng(0).bytes(5000)}).read_bytes()
     (tmp_path / "short.tar.gz").write_bytes(tar[:3000])
     for name in ("bent.zip", "short.zip", "text.zip", "short.tar.gz", "none.zip"):
-        assert prepare_data.main(["unpack", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert program.run(prepare_data.main, ["unpack", str(tmp_path / name), str(tmp_path / "out")]) == 2
         assert name in errors(capsys)
     assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
 
@@ -229,10 +231,10 @@ def test_voc_crops_the_middle(tmp_path, capsys):
 def test_voc_names_what_it_cannot_read_and_converts_the_rest(tmp_path, capsys):
     put(tmp_path / "in/good.png", picture(0, 224, 224))
     (tmp_path / "in/bad.jpg").write_bytes(b"no image")
-    assert prepare_data.main(["voc", str(tmp_path / "in"), "--base_dir", str(tmp_path / "base")]) == 2
+    assert program.run(prepare_data.main, ["voc", str(tmp_path / "in"), "--base_dir", str(tmp_path / "base")]) == 2
     assert "bad.jpg" in errors(capsys)
     assert [path.name for path in (tmp_path / "base" / PHOTOGRAPHS).iterdir()] == ["good.png"]
-    assert prepare_data.main(["voc", str(tmp_path / "none"), "--base_dir", str(tmp_path / "base")]) == 2
+    assert program.run(prepare_data.main, ["voc", str(tmp_path / "none"), "--base_dir", str(tmp_path / "base")]) == 2
     assert "none" in errors(capsys)
 
 
@@ -250,7 +252,7 @@ def test_real20_has_a_short_side_of_420(tmp_path, capsys):
     assert np.abs(got - np.asarray(expected, np.float32)).max() < 0.5
     (tmp_path / "in/blended/3.jpg").unlink()
     capsys.readouterr()
-    assert prepare_data.main(["real20", str(tmp_path / "in"), "--base_dir", str(tmp_path / "other")]) == 2
+    assert program.run(prepare_data.main, ["real20", str(tmp_path / "in"), "--base_dir", str(tmp_path / "other")]) == 2
     assert "3.png" in errors(capsys) and not (tmp_path / "other").exists()
 
 
@@ -323,7 +325,7 @@ def server(monkeypatch):
 
 
 def fetch(server: Server, path: Path) -> int:
-    return prepare_data.main(["download", str(path), "--url", server.url])
+    return program.run(prepare_data.main, ["download", str(path), "--url", server.url])
 
 
 def check_fetched(server: Server, path: Path) -> None:
@@ -399,5 +401,5 @@ def test_what_cannot_be_reached_is_one_line_with_ways_out(tmp_path, capsys):
     said = errors(capsys)
     assert not list(tmp_path.iterdir())
     assert server.url in said and str(tmp_path / "sirs.zip") in said and "--url" in said
-    assert prepare_data.main(["download", str(tmp_path / "x"), "--url", "file:///etc/passwd"]) == 2
+    assert program.run(prepare_data.main, ["download", str(tmp_path / "x"), "--url", "file:///etc/passwd"]) == 2
     assert "http" in errors(capsys)

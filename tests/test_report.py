@@ -19,6 +19,7 @@ from PIL import Image
 from tools import report
 from tools.reports.page import as_json, data_uri
 from tools.reports.pictures import Shown
+from util import program
 from util.records import read_metrics
 from util.runs import read_run
 
@@ -44,7 +45,7 @@ def finished(tiny_data, tmp_path_factory) -> Path:
 
 def make(folder: Path, output: Path, *arguments: str) -> str:
     """The page's text."""
-    assert report.main([str(folder), "-o", str(output), "--gpu_ids", "-1", *arguments]) == 0
+    assert program.run(report.main, [str(folder), "-o", str(output), "--gpu_ids", "-1", *arguments]) == 0
     return output.read_text(encoding="utf-8")
 
 
@@ -186,7 +187,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(break_it, arguments, to
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("images"))
     break_it(folder)
-    assert report.main([str(folder), "--gpu_ids", "-1", *arguments]) == 2
+    assert program.run(report.main, [str(folder), "--gpu_ids", "-1", *arguments]) == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.html*"))

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from options import parse_train
 from tools import summarize
+from util import program
 from util.records import PUBLISHED_SETS, Record, read_metrics
 from util.runs import find_runs, read_run
 
@@ -50,7 +51,7 @@ def runs(tmp_path) -> Path:
 
 
 def rows_of(runs: Path, tmp_path: Path, *arguments: str) -> dict[str, dict]:
-    assert summarize.main([str(runs), "--json", str(tmp_path / "out.json"), *arguments]) == 0
+    assert program.run(summarize.main, [str(runs), "--json", str(tmp_path / "out.json"), *arguments]) == 0
     return {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())}
 
 
@@ -91,7 +92,7 @@ def test_sorted_by_the_picked_epochs_average(runs, tmp_path, capsys):
     assert list(rows_of(runs, tmp_path, "--sort", "best_by_test")) == ["a", "c", "deep/b"]
     assert list(rows_of(runs, tmp_path, "--sort", "other")) == ["deep/b", "a", "c"], "c has no such set"
     assert list(rows_of(runs, tmp_path, "--sort", "name")) == ["a", "c", "deep/b"]
-    assert summarize.main([str(runs), "--sort", "nothing"]) == 2
+    assert program.run(summarize.main, [str(runs), "--sort", "nothing"]) == 2
     assert "best_by_test" in capsys.readouterr().err
 
 
@@ -158,7 +159,7 @@ def test_files_hold_the_same_and_hostile_texts_do_no_harm(runs, tmp_path, capsys
     leave(runs / "hostile", {1: {"mine": 20}}, "--comment", comment, "--val_split", "0")
     files = {kind: tmp_path / f"out.{kind}" for kind in ("markdown", "csv", "json")}
     arguments = [part for kind, file in files.items() for part in (f"--{kind}", str(file))]
-    assert summarize.main([str(runs), *arguments]) == 0
+    assert program.run(summarize.main, [str(runs), *arguments]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "x?[31m" in shown
     lines = files["markdown"].read_text().splitlines()
@@ -210,12 +211,12 @@ def test_a_file_with_two_names_takes_its_space_once(tmp_path):
 
 
 def test_what_is_not_there_is_one_line(tmp_path, capsys):
-    assert summarize.main([str(tmp_path / "nowhere")]) == 2
-    assert summarize.main([str(tmp_path)]) == 2
+    assert program.run(summarize.main, [str(tmp_path / "nowhere")]) == 2
+    assert program.run(summarize.main, [str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "nowhere" in errors[0] and "no run" in errors[1]
     leave(tmp_path / "a", {1: {"mine": 20}})
-    assert summarize.main([str(tmp_path), "--csv", str(tmp_path / "none/x.csv")]) == 2
+    assert program.run(summarize.main, [str(tmp_path), "--csv", str(tmp_path / "none/x.csv")]) == 2
     assert "--csv" in capsys.readouterr().err
     assert find_runs(tmp_path / "a") == [tmp_path / "a"]
 

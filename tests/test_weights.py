@@ -11,7 +11,7 @@ from models.weights import load_weights
 from options import PRETRAINED
 from tests.conftest import GOLDEN, published_state
 from tools import export
-from util import checkpoint
+from util import checkpoint, program
 from util.errors import UserError
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["dsrnet_s"]
@@ -135,7 +135,7 @@ def test_exported_weights_are_the_averaged_ones_and_say_whose(tmp_path, capsys):
     state = {"format": 1, "inet": "dsrnet_xs", "epoch": 3, "global_step": 70, "options": options}
     checkpoint.save(state | {"network": other.state_dict(), "ema": net.state_dict()}, tmp_path / "last.pt")
     target = tmp_path / "small.safetensors"
-    assert export.main([str(tmp_path / "last.pt"), "-o", str(target)]) == 0
+    assert program.run(export.main, [str(tmp_path / "last.pt"), "-o", str(target)]) == 0
     assert "small.safetensors: dsrnet_xs, 7.1 MB" in capsys.readouterr().out
     content = checkpoint.load(target)
     assert same(content.pop("network"), net.state_dict())
@@ -147,7 +147,7 @@ def test_exported_weights_are_the_averaged_ones_and_say_whose(tmp_path, capsys):
         target.write_bytes(damaged)
         with pytest.raises(UserError, match=r"small\.safetensors: not a readable checkpoint"):
             checkpoint.load(target)
-    assert export.main([str(target), "-o", str(tmp_path / "again.safetensors")]) == 2
+    assert program.run(export.main, [str(target), "-o", str(tmp_path / "again.safetensors")]) == 2
     assert "error: " in capsys.readouterr().err
 
 

@@ -15,13 +15,12 @@ import fcntl
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import PRETRAINED, separator_settings
 from options.arguments import gpu_list, positive_int
 from util.errors import UserError
+from util.program import run
 
 CHECKPOINTS = "checkpoints/*/best.pt"
 
@@ -79,34 +79,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        serve(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped", file=sys.stderr)
-    return 0
+def main(arguments: Sequence[str] | None = None) -> None:
+    serve(parse(arguments))
 
 
 def serve(options: argparse.Namespace) -> None:
     """Show the page until Ctrl-C or SIGTERM.
 
     Raises:
-        UserError: Gradio is missing, there is no checkpoint or the first can't be loaded, or the port is taken.
+        UserError: there is no checkpoint or the first can't be loaded, or the port is taken.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the files are deleted
     os.environ.update(_ENVIRONMENT)
     delete_orphans(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder, claimed(Path(folder)):
         os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            import gradio  # noqa: F401
-            import uvicorn
-        except ImportError as error:
-            raise UserError(f"the page needs Gradio ({error}); do: pip install -r requirements-app.txt") from error
+        import gradio  # noqa: F401
+        import uvicorn
         from PIL import Image
 
         # Twice this many pixels are what PIL refuses to decode; above the half of that it warns.
@@ -427,4 +415,4 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main, requirements="requirements-app.txt"))

@@ -16,15 +16,16 @@ Every comparison runs in one process with the competitors in turn, and medians a
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.benchmarks import data, evaluation, scan, step
-from util.errors import UserError
+from util.program import run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,11 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     options.arguments = " ".join(arguments)
-    try:
-        return options.run(options)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from error
+    return options.run(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

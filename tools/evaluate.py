@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_evaluate, separator_settings
-from util.console import never_fail
 from util.errors import UserError
+from util.program import run
 
 if TYPE_CHECKING:
     import torch
@@ -76,19 +76,8 @@ class Line:
         return head | {"images": self.count} | self.values
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit status: 2 for what has to be put right."""
-    never_fail()
-    options = parse_evaluate(argv)
-    try:
-        evaluate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    evaluate(parse_evaluate(argv))
 
 
 def evaluate(options: Namespace) -> None:
@@ -309,4 +298,4 @@ def _csv(rows: Sequence[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

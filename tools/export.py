@@ -8,17 +8,17 @@ folders of this machine; all programs here take it as they take a checkpoint.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.errors import UserError
+from util.program import run
 
 _OF_THIS_MACHINE = {"base_dir", "checkpoints_dir", "config", "demo", "gpu_ids", "name", "resume", "weight_path"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
@@ -27,12 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.output.suffix != ".safetensors":
         parser.error(f"-o {options.output}: must end in .safetensors")
-    try:
-        print(export(options.checkpoint, options.output))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(export(options.checkpoint, options.output))
 
 
 def export(source: Path, target: Path) -> str:
@@ -58,4 +53,4 @@ def export(source: Path, target: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

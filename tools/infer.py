@@ -10,7 +10,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_infer, separator_settings
-from util.console import never_fail
 from util.errors import UserError
+from util.program import Interrupted, run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,18 +48,14 @@ class Job:
     outputs: dict[str, Path]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program; returns its exit status: 1 if some photographs failed, 2 for what has to be put right."""
-    never_fail()
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 1 if some photographs failed."""
     options = parse_infer(argv)
     try:
         return infer(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume goes on with what isn't done", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        print(f"{stop}; --resume separates the photographs that are left", file=sys.stderr)
+        return 128 + stop.number
 
 
 def infer(options: Namespace) -> int:
@@ -213,4 +209,4 @@ def _quantised(band: "np.ndarray", depth: "np.dtype") -> "np.ndarray":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -20,15 +20,17 @@ what the architecture can do, not of what a training makes of it.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import natural_float, positive_int
 from util.errors import UserError
+from util.program import run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="model_info.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,13 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                              "(default: 0.5)")  # fmt: skip
     parser.add_argument("--vgg_weights", default="random", metavar="imagenet|random|FILE",
                         help="VGG19's weights for the receptive field (default: random)")  # fmt: skip
-    options = parser.parse_args(arguments)
-    try:
-        show(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    show(parser.parse_args(arguments))
 
 
 def show(options: argparse.Namespace) -> None:
@@ -131,4 +127,4 @@ def _draw(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -11,26 +11,39 @@ A broken-off download goes on where it stopped, and so do voc and real20.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import PUBLISHED_DATA
 from options.arguments import positive_int
-from util.console import never_fail
-from util.errors import UserError
+from util.program import run
 
 MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The program; returns its exit status: 1 where `check` finds trouble, 2 for what the user can put right."""
-    never_fail()
-    try:
-        return _run(_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status: 1 where `check` finds trouble."""
+    options = _parser().parse_args(arguments)
+    # Each command imports what it needs: --help answers at once.
+    if options.command == "check":
+        from tools.preparation.check import check
+
+        return check(options.folder, options.published)
+    if options.command == "unpack":
+        from tools.preparation.archive import unpack
+
+        unpack(options.archive, options.folder, options.max_gb * 10**9)
+    elif options.command == "download":
+        from tools.preparation.download import download
+
+        download(options.url, options.file)
+    else:
+        from tools.preparation import photographs
+
+        {"voc": photographs.voc, "real20": photographs.real20}[options.command](options.source, options.base_dir)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,26 +85,5 @@ def _add_base_dir(parser: argparse.ArgumentParser) -> None:
                         help=f"the data that it joins (default: {PUBLISHED_DATA})")  # fmt: skip
 
 
-def _run(options: argparse.Namespace) -> int:
-    # Each command imports what it needs: --help answers at once.
-    if options.command == "check":
-        from tools.preparation.check import check
-
-        return check(options.folder, options.published)
-    if options.command == "unpack":
-        from tools.preparation.archive import unpack
-
-        unpack(options.archive, options.folder, options.max_gb * 10**9)
-    elif options.command == "download":
-        from tools.preparation.download import download
-
-        download(options.url, options.file)
-    else:
-        from tools.preparation import photographs
-
-        {"voc": photographs.voc, "real20": photographs.real20}[options.command](options.source, options.base_dir)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

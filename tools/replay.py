@@ -10,27 +10,22 @@ finite comes from.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.console import never_fail
 from util.errors import UserError
+from util.program import run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    never_fail()
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="replay.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="nonfinite_step_..._rank_....pt of a run's folder")
     parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE", help="others than the run's")
-    try:
-        replay(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    replay(parser.parse_args(arguments))
 
 
 def replay(options: argparse.Namespace) -> None:
@@ -108,4 +103,4 @@ def _marks(rows: dict[str, dict[str, float]]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

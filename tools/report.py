@@ -12,17 +12,17 @@ opened from the disk, mailed, or put on any server.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import gpu_list, positive_int
-from util.console import never_fail
 from util.errors import UserError
+from util.program import run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    never_fail()
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,12 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max_side", type=positive_int, default=640, metavar="PIXELS",
                         help="longer side of the embedded pictures (default: 640); reflection and residue have half "
                              "of it")  # fmt: skip
-    try:
-        report(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    report(parser.parse_args(arguments))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -70,4 +65,4 @@ def report(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

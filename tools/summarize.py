@@ -17,14 +17,14 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import DEMO_RECIPE, train_parser
-from util.console import never_fail
 from util.errors import UserError
+from util.program import run
 
 # Options that say where and how a run ran, not what was trained on what.
 _NO_RECIPE = {
@@ -36,8 +36,7 @@ _SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "mode
 _TEXT_WIDTH = 44  # characters of a comment or a recipe on the terminal
 
 
-def main(arguments: list[str] | None = None) -> int:
-    never_fail()
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="summarize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,13 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                              "+- the PSNR's standard deviation among them")  # fmt: skip
     for kind in _WRITERS:
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the table as {kind}, too")
-    options = parser.parse_args(arguments)
-    try:
-        summarize(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    summarize(parser.parse_args(arguments))
 
 
 def summarize(options: argparse.Namespace) -> None:
@@ -312,4 +305,4 @@ def _for_markdown(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

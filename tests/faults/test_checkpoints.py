@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from models.arch import create_model
-from options import parse_train
 from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from tools import evaluate, infer, replay
 from train_sirs import main
-from util import checkpoint, resume
+from util import checkpoint, program, resume
 from util.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -211,10 +210,8 @@ def test_without_a_whole_one_resuming_is_refused(run, tiny_data, capsys, monkeyp
     for name in ("last.pt", "previous.pt"):
         harm(run / name)
     before = {path: path.read_bytes() for path in run.glob("*.pt")}
-    monkeypatch.setattr("train_sirs.parse_train", lambda: parse_train(
-        arguments(tiny_data, run.parent, "--inet", "small", "--ema", "0.9", "--name", "run", "--resume")
-    ))  # fmt: skip
-    assert main() == 2
+    given = arguments(tiny_data, run.parent, "--inet", "small", "--ema", "0.9", "--name", "run", "--resume")
+    assert program.run(main, given) == 2
     output = capsys.readouterr()
     assert output.err.count(told) == 2 and "previous.pt" in output.err and "Traceback" not in output.err
     assert "executed" not in output.out + output.err
@@ -232,9 +229,9 @@ def test_tools_execute_nothing(tmp_path, tiny_data, capsys):
     bad, picture = tmp_path / "bad.pt", next((tiny_data / "test").rglob("*.png"))
     torch.save({"network": {"weight": Malicious()}, "inet": "dsrnet_s", "options": {}}, bad)
     (tmp_path / "best.pt").write_bytes(bad.read_bytes())
-    assert replay.main([str(bad)]) == 2
-    assert infer.main([str(picture), "--checkpoint", str(bad), "-o", str(tmp_path / "out")]) == 2
-    assert evaluate.main([str(bad), "--base_dir", str(tiny_data)]) == 2
+    assert program.run(replay.main, [str(bad)]) == 2
+    assert program.run(infer.main, [str(picture), "--checkpoint", str(bad), "-o", str(tmp_path / "out")]) == 2
+    assert program.run(evaluate.main, [str(bad), "--base_dir", str(tiny_data)]) == 2
     output = capsys.readouterr()
     assert output.err.count(str(bad)) == 3 and "executed" not in output.out + output.err
 

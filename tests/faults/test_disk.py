@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from options import parse_train
 from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from train_sirs import main
-from util import checkpoint, disk
+from util import checkpoint, disk, program
 from util.errors import UserError
 from util.images import write_image
 
@@ -102,8 +101,7 @@ def test_every_kind_of_write_that_fails_ends_with_path_and_space(
     given = arguments(tiny_data, tmp_path, "--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "0.9",
                       "--guard", "--save_every", "1", "--nEpochs", "2", "--epoch_size", "3", "--name", "run",
                       "--save_images", "--resume", "auto")  # fmt: skip
-    monkeypatch.setattr("train_sirs.parse_train", lambda: parse_train(given))
-    assert main() == 2
+    assert program.run(main, given) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         told.startswith("error: ") and KINDS[kind] in told and os.strerror(number) in told and "are free there" in told
@@ -113,7 +111,7 @@ def test_every_kind_of_write_that_fails_ends_with_path_and_space(
     for path in folder.glob("*.pt"):
         checkpoint.load(path)
     fails = False
-    assert main() == 0
+    assert program.run(main, given) == 0
     shutil.rmtree(folder / "images")
     assert same(outcome(folder), outcome(finished))
 

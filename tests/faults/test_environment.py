@@ -62,24 +62,24 @@ def test_a_clock_that_goes_backwards(usual, tiny_data, tmp_path, monkeypatch):
 
 
 def say(code: str) -> subprocess.CompletedProcess:
-    """Have a program that never fails say something."""
-    script = f"import sys\nfrom util.console import never_fail\n{code}"
+    """Run a program that prints something."""
+    script = f"import sys\nfrom util.program import run\n{code}"
     return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=ODD, capture_output=True, timeout=60)
 
 
 def test_letters_that_the_terminal_lacks_are_spelt_out():
-    done = say("never_fail(); never_fail(); print('\\u00fc \\udcff')")
+    done = say("run(lambda _: run(lambda _: print('\\u00fc \\udcff')))")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xfc \\udcff\n", b"")
 
 
 def test_what_is_told_into_a_full_disk_is_lost():
-    done = say("sys.stdout = open('/dev/full', 'w'); never_fail(); print('x' * 100000); sys.stdout.flush()")
+    done = say("sys.stdout = open('/dev/full', 'w'); run(lambda _: print('x' * 100000)); sys.stdout.flush()")
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_closed_streams_are_not_taken_by_files(tmp_path):
     script = (
-        "import os, sys\nfrom util.console import never_fail\nnever_fail()\n"
+        "import os, sys\nfrom util.program import run\nrun(lambda _: None)\n"
         f"file = open({str(tmp_path / 'file')!r}, 'w')\nos.write(1, b'noise'); os.write(2, b'noise')\n"
         "print('lost'); sys.stderr.isatty(); file.write('kept')\n"
     )

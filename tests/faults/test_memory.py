@@ -89,7 +89,8 @@ def limited(self):
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, resource.RLIM_INFINITY))
     fit(self)
 engine.Engine.fit = limited
-sys.exit(train_sirs.main())
+from util.program import run
+sys.exit(run(train_sirs.main))
 """
     more = ("--nEpochs", "1", "--crop_size", "384", "--batchSize", "4", "--val_split", "0", "--name", "a")
     done = subprocess.run(

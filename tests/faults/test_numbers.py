@@ -11,7 +11,7 @@ from tests.faults.test_signals import at_call
 from tests.test_engine import run
 from tests.test_guard import poison, quick_guard  # noqa: F401 - a fixture
 from tools import replay
-from util import checkpoint
+from util import checkpoint, program
 from util.errors import UserError
 
 STEP = 4  # from 1
@@ -73,7 +73,7 @@ def test_without_the_guard_the_run_stops_and_the_step_can_be_replayed(kind, tiny
     saved, last = checkpoint.load(path), checkpoint.load(folder / "last.pt")
     assert saved["global_step"] == last["global_step"] == STEP - 1
     assert all(p.isfinite().all() for p in last["network"].values()), "the step before is what --resume takes"
-    assert replay.main([str(path)]) == 0
+    assert program.run(replay.main, [str(path)]) == 0
     told = capsys.readouterr().out
     assert saved["names"][0] in told
     if kind == "a weight":

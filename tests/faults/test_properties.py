@@ -22,7 +22,7 @@ from torch import nn
 from models.weights import architecture_of, load_weights
 from options import parse_evaluate, parse_infer, parse_train, train_parser
 from tools import summarize
-from util import checkpoint
+from util import checkpoint, program
 from util.errors import UserError
 from util.records import Record, read_metrics, table
 from util.runs import read_run
@@ -308,7 +308,7 @@ def test_any_run(cases, tmp_path, capsys):
         run = read_run(folder)
         assert run.problems or run.lines
         outputs = [f"--{kind}={tmp_path / kind}" for kind in ("markdown", "csv", "json")]
-        assert summarize.main([str(tmp_path / "runs"), *outputs]) == 0
+        assert program.run(summarize.main, [str(tmp_path / "runs"), *outputs]) == 0
         Record(folder, parsed, 2, 0).close()
         capsys.readouterr()
 

@@ -382,7 +382,8 @@ if {broken}:
     data.discover = then_break
 if __name__ == "__main__":
     import train_sirs
-    sys.exit(train_sirs.main())
+    from util.program import run
+    sys.exit(run(train_sirs.main))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
     command += arguments(folder, tmp_path, "--nEpochs", "1", "--name", "two")

@@ -18,6 +18,7 @@ import torch
 
 from models.arch import list_models
 from util.device import available_memory
+from util.errors import UserError
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]
@@ -42,7 +43,7 @@ def add_output(parser: argparse.ArgumentParser, plot: str | None = None) -> None
 def choose_device(options: argparse.Namespace) -> str:
     """What --device means here, "cpu" or "cuda"."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda: torch finds no GPU here")
+        raise UserError("--device cuda: torch finds no GPU here")
     if options.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return options.device
@@ -52,7 +53,7 @@ def check_models(option: str, names: Iterable[str]) -> None:
     """Stop if one of the models that `option` names isn't there."""
     for name in names:
         if name not in list_models():
-            raise SystemExit(f"error: {option} {name}: no such model; there are {', '.join(list_models())}")
+            raise UserError(f"{option} {name}: no such model; there are {', '.join(list_models())}")
 
 
 # Time and memory -------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def import_matplotlib():
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

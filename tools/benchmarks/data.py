@@ -64,9 +64,9 @@ def add_data(commands) -> None:
 
 def run_data(options: argparse.Namespace) -> int:
     if options.crop_size % 16:
-        raise SystemExit(f"error: --crop_size {options.crop_size}: must be a multiple of 16")
+        raise UserError(f"--crop_size {options.crop_size}: must be a multiple of 16")
     if options.base_dir and not options.base_dir.is_dir():
-        raise SystemExit(f"error: --base_dir {options.base_dir}: there is no such folder")
+        raise UserError(f"--base_dir {options.base_dir}: there is no such folder")
     rates = common.ceilings("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.base_dir or Path(scratch) / "demo"

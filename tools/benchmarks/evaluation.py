@@ -17,7 +17,7 @@ from options.arguments import positive_int
 from tools.benchmarks import common
 from util.device import keep_freed_memory, set_deterministic, wants_bf16
 from util.distributed import join
-from util.interrupt import Interrupt
+from util.program import Interrupt
 
 TEST_SET = "random"
 EVALUATION, FORWARDS = "evaluation", "forward passes"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.scan import available_backends, selective_scan
 from tools.benchmarks import common
+from util.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTHS = (1024, 4096, 16384, 50176)  # 50,176 pixels are 224 x 224
@@ -123,7 +124,7 @@ def find_competitors(device: str, wanted: list[str] | None) -> dict[str, Callabl
     found = {name: found[name] for name in (*working[:-1], "mambapy", "reference") if name in found}
     for name in wanted or ():
         if name not in found:
-            raise SystemExit(f"error: --backends {name}: {reasons.get(name, 'no such backend')}")
+            raise UserError(f"--backends {name}: {reasons.get(name, 'no such backend')}")
     return {name: scan for name, scan in found.items() if not wanted or name in wanted}
 
 

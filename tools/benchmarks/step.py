@@ -29,6 +29,7 @@ from options.arguments import natural_float, positive_int
 from tools.benchmarks import common
 from tools.inspection.costs import FORMULAS
 from util.device import keep_freed_memory, set_deterministic
+from util.errors import UserError
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
@@ -161,7 +162,7 @@ def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
 def run_step(options: argparse.Namespace) -> int:
     device, variants = prepare(options)
     if options.profile and not options.profile.parent.is_dir():
-        raise SystemExit(f"error: --profile {options.profile}: there is no such folder")
+        raise UserError(f"--profile {options.profile}: there is no such folder")
     rates = common.ceilings(device)
     results = measure(options, variants, device, options.forward_only)
     add_floors(results, rates, device, options.forward_only)
@@ -205,12 +206,12 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
     common.check_models("--models", options.models)
     for size in options.sizes:
         if size % STRIDE:
-            raise SystemExit(f"error: --sizes {size}: must be a multiple of {STRIDE}")
+            raise UserError(f"--sizes {size}: must be a multiple of {STRIDE}")
     mamba = [name for name in options.models if has_mamba(name)]
     names = options.variants or [*([] if mamba else ["plain"]), *PRECISIONS]
     variants = [check_variant(name, device, getattr(options, "forward_only", False)) for name in dict.fromkeys(names)]
     if mamba and "plain" in names:
-        raise SystemExit(f"error: --variants plain: has no Mamba layers, and {mamba[0]} has; leave one of them out")
+        raise UserError(f"--variants plain: has no Mamba layers, and {mamba[0]} has; leave one of them out")
     if options.plot:
         common.import_matplotlib()
     set_deterministic(seed=0)  # the settings of torch that a training runs under
@@ -224,14 +225,14 @@ def check_variant(name: str, device: str, forward_only: bool) -> Variant:
     variant, parts = Variant(name), name.split("+")
     known = set(parts) <= {*PRECISIONS, *EXTRAS, LOOP} and len(variant.parts) == len(parts)
     if not variant.is_plain and not (known and len(variant.parts & set(PRECISIONS)) == 1):
-        raise SystemExit(
-            f"error: --variants {name}: no such variant; there are 'plain', and {' or '.join(PRECISIONS)} with any of "
+        raise UserError(
+            f"--variants {name}: no such variant; there are 'plain', and {' or '.join(PRECISIONS)} with any of "
             f"{', '.join(EXTRAS)}, {LOOP}, such as bf16+compile+checkpoint"
         )
     if "graphs" in parts and device == "cpu":
-        raise SystemExit(f"error: --variants {name}: CUDA graphs need a GPU")
+        raise UserError(f"--variants {name}: CUDA graphs need a GPU")
     if forward_only and variant.parts & set(EXTRAS):
-        raise SystemExit(f"error: --variants {name}: {', '.join(EXTRAS)} change the training step, not --forward_only")
+        raise UserError(f"--variants {name}: {', '.join(EXTRAS)} change the training step, not --forward_only")
     return variant
 
 
