@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from data import Loaders
 from data.loader import Loader
 from models.arch.blocks import Block
 from models.weights import check_finite, check_fit
@@ -36,16 +36,6 @@ from util.stability import BlockNorms, Guard, Verdict
 _KINDS = {"inet": str, "options": dict, "epoch": int, "step": int, "global_step": int, "best": float | None}
 _KINDS |= {"network": dict, "ema": dict | None, "ema_updates": int, "optimizer": dict, "random": Tensor}
 """What a checkpoint must hold to be resumed from."""
-
-
-@dataclass
-class Loaders:
-    """What the engine trains on, picks the best epoch by, and reports."""
-
-    train: Loader | None
-    val: Loader | None
-    tests: dict[str, Loader]
-    files: dict[str, dict] = field(default_factory=dict)  # of `util.resume.fingerprint`
 
 
 class Diverged(Exception):
@@ -369,7 +359,7 @@ class Engine:
             # Gradients are exchanged between processes once, with the group's last batch.
             last = number == len(group) or self.world.size == 1
             with contextlib.nullcontext() if last else self.step_model.no_sync():
-                terms = self.step_model(*(self._move(batch[key]) for key in ("input", "target_t", "target_r")))
+                terms = self.step_model(*(self._move(batch[key]) for key in ("mixture", "target_t", "target_r")))
                 loss = sum(terms.values()) / len(group)
                 for key, value in terms.items():
                     means[key] = means[key] + value.detach() / len(group)
@@ -434,7 +424,7 @@ class Engine:
         """Save what is needed to look at a loss or a gradient that isn't finite, and stop."""
         values = {key: value.item() for key, value in terms.items()}
         path = self.folder / f"nonfinite_step_{self.global_step}_rank_{self.world.rank}.pt"
-        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in ("input", "target_t", "target_r")}
+        tensors = {key: torch.cat([batch[key] for batch in batches]) for key in ("mixture", "target_t", "target_r")}
         names = [name for batch in batches for name in batch["name"]]
         checkpoint.save(self.state() | {"batch": tensors, "names": names, "terms": values}, path)
         told = ", ".join(f"{key} {value:.4g}" for key, value in values.items())

@@ -34,6 +34,7 @@ def train(options) -> int:
     Raises:
         UserError: for what a user can put right.
     """
+    from data import build_loaders
     from models.arch import list_models
     from util.distributed import join
     from util.lock import Lock
@@ -44,7 +45,7 @@ def train(options) -> int:
     say = print if world.is_main else lambda *_: None
     _choose_scan(options.scan_backend, world)
     _check_resume(options)
-    loaders = _load_data(options, world, say)
+    loaders = build_loaders(options, world, say)
     folder = world.from_main(lambda: _run_folder(options))
     with Lock(folder) as lock:
         world.from_main(lambda: lock.acquire(say))
@@ -70,6 +71,8 @@ def _build(options, loaders, world, folder: Path, say):
     if model.vgg is not None and options.vgg_weights == "random":
         say("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
         say("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
+    if options.demo and options.weight_path == PRETRAINED:
+        say("starting from the weights in the box; --weight_path none starts from scratch")
     if options.best_by == "test":
         say("WARNING: --best_by test picks the best epoch on the test sets, which flatters their results.")
     engine = Engine(options, model, loaders, world, folder)
@@ -119,39 +122,6 @@ def _choose_scan(backend: str | None, world) -> None:
     set_backend(backend)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     logging.getLogger("scan").setLevel(logging.INFO if world.is_main else logging.WARNING)
-
-
-def _load_data(options, world, say):
-    """The data that the options name, or the demo set, checked and told; as the engine takes it."""
-    import data
-    from data.demo import build_demo
-    from engine import Loaders
-    from util import resume
-
-    if options.demo:
-        say("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
-        say(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
-        if world.is_main:
-            build_demo(options.base_dir)
-        world.barrier()
-    sets = data.discover(options)
-    for line in sets.describe():
-        say(line)
-    if options.demo and options.weight_path == PRETRAINED:
-        say("starting from the weights in the box; --weight_path none starts from scratch")
-    files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}
-    files |= {f"training pairs of {name}": _files(pairs) for name, pairs in sets.pairs.items()}
-    files |= {f"{resume.TEST}{name}": _files(pairs) for name, pairs in sets.tests.items()}
-    return Loaders(
-        data.build_train_loader(options, sets, world.rank, world.size) if options.nEpochs else None,
-        data.build_val_loader(options, sets, world.rank, world.size),
-        data.build_test_loaders(options, sets, world.rank, world.size),
-        resume.fingerprint(files, options.base_dir),
-    )
-
-
-def _files(pairs) -> list[Path]:
-    return [file for pair in pairs for file in pair.files]
 
 
 def _can_resume(folder: Path) -> bool:

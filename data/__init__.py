@@ -1,74 +1,83 @@
 """Files into batches: what there is, and the loaders of training, validation and test."""
 
+from __future__ import annotations
+
 import importlib
-from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
-from torch.utils.data import Sampler
-
+from data.demo import build_demo
 from data.folders import Pair, Sets, discover
-from data.loader import Loader
-from data.transforms import generator
+from data.sampling import EpochSampler, substitutes
 from util.errors import UserError
 
-__all__ = [
-    "EpochSampler",
-    "Loader",
-    "Pair",
-    "Sets",
-    "build_test_loaders",
-    "build_train_loader",
-    "build_val_loader",
-    "discover",
-]
+if TYPE_CHECKING:  # modules that import torch, which programs that only look at files do without
+    from argparse import Namespace
+    from pathlib import Path
 
-_ORDER, _SPARES = 3, 4  # purposes of random numbers
-_TRIES = 9  # to replace a sample that can't be read
+    from data.loader import Loader
+    from util.distributed import World
+
 _MOST_REPLACED = 0.01  # share of a process's samples of an epoch
 _ALWAYS_REPLACED = 10  # samples of an epoch, however short it is
 _TEST_WORKERS = 2
 _WORTH_WORKERS = 64  # images: for fewer, starting workers takes longer than they save
 
 
-class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) in an order that depends on seed and epoch alone.
+@dataclass
+class Loaders:
+    """All batches of a run.
 
-    A global batch is `world_size * batch_size` consecutive entries of the order, of which every rank takes
-    its own; an incomplete one at the end is dropped. Iteration starts where `seek` said, however often it is
-    begun.
-
-    Args:
-        length: samples an epoch.
-        batch_size: samples of one process.
-        seed: of the order.
-        rank, world_size: which of how many processes this is.
+    Attributes:
+        train: of the training; None if there is none.
+        val: of the held-out pairs; None if there are none.
+        tests: of every test set, by its name.
+        files: a fingerprint of each set's files, as of `fingerprint` in util, by the set's name.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.seek(0)
+    train: Loader | None
+    val: Loader | None
+    tests: dict[str, Loader]
+    files: dict[str, dict] = field(default_factory=dict)
 
-    def seek(self, epoch: int, step: int = 0) -> None:
-        """Start the next iteration in `epoch`, after `step` batches of this process."""
-        self.epoch, self.step = epoch, step
 
-    def __len__(self) -> int:
-        """Batches of a whole epoch, wherever iteration starts."""
-        return self.length // (self.batch_size * self.world_size)
+def build_loaders(options: Namespace, world: World, log: Callable[[str], None]) -> Loaders:
+    """The loaders of one process for what the options name, or for the demo set, which is made if it isn't there.
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.epoch  # as it is now, even if `seek` is called while batches are still being made ahead
-        order = generator(self.seed, epoch, 0, _ORDER).permutation(self.length)
-        starts = ((step * self.world_size + self.rank) * self.batch_size for step in range(self.step, len(self)))
-        return ([(epoch, int(index)) for index in order[start : start + self.batch_size]] for start in starts)
+    Args:
+        options: of `options.parse_train`.
+        world: this process among all.
+        log: takes lines about the data.
+
+    Raises:
+        UserError: there is nothing to train on or to test, or files can't be used; in every process.
+    """
+    from util import resume
+
+    if options.demo:
+        log("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
+        log(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
+        world.from_main(lambda: build_demo(options.base_dir))
+    sets = discover(options)
+    for line in sets.describe():
+        log(line)
+    files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}
+    files |= {f"training pairs of {name}": _files(pairs) for name, pairs in sets.pairs.items()}
+    files |= {f"{resume.TEST}{name}": _files(pairs) for name, pairs in sets.tests.items()}
+    return Loaders(
+        build_train_loader(options, sets, world.rank, world.size) if options.nEpochs else None,
+        build_val_loader(options, sets, world.rank, world.size),
+        build_test_loaders(options, sets, world.rank, world.size),
+        resume.fingerprint(files, options.base_dir),
+    )
 
 
 def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> Loader:
     """Batches of `TrainSet` samples, the same for any number of workers.
 
-    A sample whose files can't be read is replaced by that of another index of the epoch, drawn from seed, epoch and
+    A sample whose files can't be read is replaced by another one of the epoch; which one depends on seed, epoch and
     index alone.
 
     Call `loader.batch_sampler.seek(epoch, step)` before every iteration; `len(loader)` is the batches of a
@@ -77,12 +86,14 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
     Args:
         options: dataset, batchSize, nThreads, seed, gpu_ids and those of `TrainSet`.
         sets: from `discover`.
-        rank, world_size: which of how many processes this is; together they take batchSize * world_size
+        rank, world_size: the number of this process, and of how many; together they take batchSize * world_size
             samples a step.
 
     Raises:
         UserError: an epoch is smaller than one batch of all processes.
     """
+    from data.loader import Loader
+
     dataset = _module(options).TrainSet(options, sets)
     sampler = EpochSampler(len(dataset), options.batchSize, options.seed, rank, world_size)
     if not len(sampler):
@@ -90,9 +101,15 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
             f"an epoch of {len(dataset)} samples is smaller than one batch of {options.batchSize} on "
             f"{world_size} process{'es' * (world_size > 1)}: lower --batchSize or raise --epoch_size"
         )
-    spares = partial(_spares, options.seed, len(dataset))
-    most = max(_ALWAYS_REPLACED, int(_MOST_REPLACED * len(sampler) * options.batchSize))
-    return Loader(dataset, sampler, options, options.nThreads, persistent=True, spares=spares, most_replaced=most)
+    return Loader(
+        dataset,
+        sampler,
+        options,
+        options.nThreads,
+        persistent=True,
+        substitutes=partial(substitutes, options.seed, len(dataset)),
+        most_replaced=max(_ALWAYS_REPLACED, int(_MOST_REPLACED * len(sampler) * options.batchSize)),
+    )
 
 
 def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> Loader | None:
@@ -101,7 +118,7 @@ def build_val_loader(options: Namespace, sets: Sets, rank: int = 0, world_size: 
 
 
 def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size: int = 1) -> dict[str, Loader]:
-    """A loader for every test set: `TestSet` samples, --eval_batch at once where their sizes are equal.
+    """A loader for every test set: batches of at most --eval_batch `TestSet` samples of equal size.
 
     Args:
         options: dataset, if_align, eval_batch, nThreads and gpu_ids are used.
@@ -112,7 +129,9 @@ def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size
 
 
 def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> Loader:
-    """By name, except that an image may come early, with the first one of its size whose batch has room."""
+    """Images in the order of their names, but an image joins the first batch of its size that has room."""
+    from data.loader import Loader
+
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}
     for index, pair in enumerate(pairs):
@@ -126,10 +145,8 @@ def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> Loader:
     return Loader(dataset, batches, options, workers)
 
 
-def _spares(seed: int, length: int, key: tuple[int, int]) -> list[tuple[int, int]]:
-    """The samples that are tried, one after the other, in the place of one that can't be read."""
-    epoch, index = key
-    return [(epoch, int(other)) for other in generator(seed, epoch, index, _SPARES).integers(length, size=_TRIES)]
+def _files(pairs: list[Pair]) -> list[Path]:
+    return [file for pair in pairs for file in pair.files]
 
 
 def _module(options: Namespace):

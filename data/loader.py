@@ -1,4 +1,4 @@
-"""Batches that outlive a file that can't be read and a worker that is killed."""
+"""Batches of samples, in spite of unreadable files and killed workers."""
 
 import multiprocessing
 import os
@@ -19,33 +19,32 @@ from tqdm import tqdm
 from util.errors import UserError
 
 MOST_RESTARTS = 3
-"""How often workers are started anew in one iteration over a loader: an epoch, an evaluation of a set."""
+"""How often workers are restarted in one iteration over a loader: an epoch, or the evaluation of a set."""
 
 _PREFETCH = 4  # batches a worker makes ahead
-_PATIENCE = 2.0  # seconds until a worker that is gone is known to be
+_PATIENCE = 2.0  # seconds until a dead worker is known to be dead
 _FULL = "/dev/shm is full; --nThreads 0 does without, docker run takes --ipc=host or --shm-size=8g"  # noqa: S108 - words
 
 
 class Loader:
-    """Batches of a dataset, made by worker processes or, with none, by this one.
+    """A DataLoader that survives unreadable files and killed workers.
 
-    As torch's DataLoader, but for faults. A sample that can't be read (the dataset raises UserError) is replaced,
-    counted and told, where there is something to replace it by; a worker that dies is, with all others, started anew,
-    and the batches go on where they were.
+    A sample that can't be read (the dataset raises UserError) is replaced by a substitute, counted and logged. When a
+    worker dies, all workers are restarted, and the batches go on where they stopped.
 
     Args:
-        dataset: of samples.
-        batches: lists of the samples' keys; every iteration begins with the first one that this yields then.
+        dataset: the samples.
+        batches: lists of the samples' keys; every iteration starts at the first list that this yields.
         options: gpu_ids and dataset are used.
-        workers: processes, 0 for none.
-        persistent: whether they live on from one iteration to the next.
-        spares: for a key those to try instead, the same ones every time; None replaces nothing.
-        most_replaced: samples in one iteration.
+        workers: number of processes that make batches; with 0, this process does.
+        persistent: whether the workers stay alive from one iteration to the next.
+        substitutes: key of an unreadable sample -> keys to try instead, the same every time; None replaces nothing.
+        most_replaced: number of samples that may be replaced in one iteration.
 
     Attributes:
-        dataset, batch_sampler: as given.
+        dataset, batch_sampler: the arguments `dataset` and `batches`.
         workers: the processes.
-        faults: how many samples have been replaced, and how often workers started anew, since the iteration began.
+        faults: how many samples were replaced and how often the workers were restarted in this iteration.
     """
 
     def __init__(
@@ -55,30 +54,30 @@ class Loader:
         options: Namespace,
         workers: int,
         persistent: bool = False,
-        spares: Callable[[object], Iterable] | None = None,
+        substitutes: Callable[[object], Iterable] | None = None,
         most_replaced: int = 0,
     ) -> None:
         self.dataset, self.batch_sampler = dataset, batches
         self._options, self._count, self._persistent = options, workers, persistent
-        self._spares, self._most_replaced = spares, most_replaced
-        self._rest = _Rest(batches)
+        self._substitutes, self._most_replaced = substitutes, most_replaced
+        self._remaining = _Remaining(batches)
         self._loader: DataLoader | None = None
         self.workers: list[BaseProcess] = []
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self.faults = {"replaced": 0, "restarts": 0}
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[dict]:
-        """Yields the batches.
+        """Yield the batches.
 
         Raises:
-            UserError: what is said of a sample that nothing may replace; too many had to be; workers die again and
-                again, or have no memory to hand samples over.
+            UserError: a sample can't be read and must not be replaced; too many samples were replaced; workers die
+                again and again, or have no shared memory for their samples.
         """
         self.faults = dict.fromkeys(self.faults, 0)
-        self._rest.start = 0
+        self._remaining.start = 0
         source = None
         while True:
             try:
@@ -90,17 +89,17 @@ class Loader:
             except Exception as error:
                 dead = self._dead()
                 self._explain(error, dead)
-                source = self._loader = None  # the workers that live end with it
+                source = self._loader = None  # this ends the workers that are still alive
                 continue
-            self._rest.start += 1
+            self._remaining.start += 1
             if batch is None:
-                row = f"{len(troubles)} samples in a row can't be read, the last: " if self._spares else ""
+                row = f"{len(troubles)} samples in a row can't be read, the last: " if self._substitutes else ""
                 raise UserError(row + troubles[-1])
             self._replaced(troubles)
             yield batch
 
     def _start(self) -> Iterator:
-        """An iteration over the batches that are left, in new workers if there are none."""
+        """Iterate over the remaining batches; start workers if there are none."""
         if self._loader is None or not self._persistent:
             self.workers = []
         if self._loader is None:
@@ -113,8 +112,8 @@ class Loader:
     def _build(self) -> DataLoader:
         settings: dict[str, object] = {
             "pin_memory": torch.cuda.is_available() and self._options.gpu_ids != [],
-            # A loader draws a seed whenever it is iterated; from the global stream, that would make what follows
-            # depend on how often a run was resumed.
+            # A DataLoader draws a seed whenever an iteration starts. If it drew from the global generator, all later
+            # random numbers would depend on how often the run was resumed.
             "generator": torch.Generator(),
         }
         if self._count:
@@ -125,19 +124,19 @@ class Loader:
                 "worker_init_fn": _start_worker,
                 "multiprocessing_context": _context(self._options),
             }
-        samples = _Samples(self.dataset, self._spares)
-        return DataLoader(samples, batch_sampler=self._rest, collate_fn=_collate, **settings)
+        samples = _WithSubstitutes(self.dataset, self._substitutes)
+        return DataLoader(samples, batch_sampler=self._remaining, collate_fn=_collate, **settings)
 
     def _replaced(self, troubles: list[str]) -> None:
-        """Count and tell what was replaced in a batch.
+        """Count the replaced samples of a batch, and warn of each new cause.
 
         Raises:
-            UserError: it has become too much.
+            UserError: too many samples were replaced.
         """
         for trouble in troubles:
             self.faults["replaced"] += 1
-            if trouble not in self._told:
-                self._told.add(trouble)
+            if trouble not in self._logged:
+                self._logged.add(trouble)
                 _warn(f"{trouble}; another sample takes its place")
         if self.faults["replaced"] > self._most_replaced:
             raise UserError(
@@ -146,17 +145,17 @@ class Loader:
             )
 
     def _dead(self) -> list[BaseProcess]:
-        """The workers that have died; waits a moment, as one's connections break before it counts as dead."""
+        """The workers that have died. Waits a moment: a worker's connections break before the worker counts as dead."""
         if self.workers:
             connection.wait([worker.sentinel for worker in self.workers], _PATIENCE)
         return [worker for worker in self.workers if not worker.is_alive()]
 
     def _explain(self, error: Exception, dead: list[BaseProcess]) -> None:
-        """Say that workers have died.
+        """Warn that workers have died.
 
         Raises:
-            UserError: they have often enough, or the shared memory is full.
-            Exception: the error is something else.
+            UserError: they died too often, or the shared memory is full.
+            Exception: the given error, as no worker has died.
         """
         if not dead:
             if "</torch_" in str(error):  # a file in /dev/shm
@@ -170,11 +169,11 @@ class Loader:
 
 
 def _warn(text: str) -> None:
-    tqdm.write(f"WARNING: {text}", file=sys.stderr)  # clear of progress bars
+    tqdm.write(f"WARNING: {text}", file=sys.stderr)  # does not break a progress bar
 
 
-class _Rest:
-    """Those of some batches that are left from a place on."""
+class _Remaining:
+    """The batches from position `start` on."""
 
     def __init__(self, batches: Iterable[list]) -> None:
         self.batches, self.start = batches, 0
@@ -183,27 +182,27 @@ class _Rest:
         return islice(self.batches, self.start, None)
 
 
-class _Samples(Dataset):
-    """A dataset's samples, or their spares', each with a line for every one that could not be read."""
+class _WithSubstitutes(Dataset):
+    """The samples of a dataset, or their substitutes; each with the messages about all that could not be read."""
 
-    def __init__(self, dataset: Dataset, spares: Callable[[object], Iterable] | None) -> None:
-        self.dataset, self.spares = dataset, spares
+    def __init__(self, dataset: Dataset, substitutes: Callable[[object], Iterable] | None) -> None:
+        self.dataset, self.substitutes = dataset, substitutes
 
     def __getitem__(self, key: object) -> tuple[object | None, list[str]]:
         try:
             return self.dataset[key], []
         except UserError as error:
             troubles = [str(error)]
-        for spare in self.spares(key) if self.spares else ():
+        for substitute in self.substitutes(key) if self.substitutes else ():
             try:
-                return self.dataset[spare], troubles
+                return self.dataset[substitute], troubles
             except UserError as error:
                 troubles.append(str(error))
         return None, troubles
 
 
 def _collate(samples: list[tuple[object | None, list[str]]]) -> tuple[object | None, list[str]]:
-    """A batch, None if one of its samples is, and all that could not be read; the reason of the None is the last."""
+    """Join samples to a batch and its messages. The batch is None if a sample is; the last message then says why."""
     for sample, troubles in samples:
         if sample is None:
             return None, troubles
@@ -211,7 +210,7 @@ def _collate(samples: list[tuple[object | None, list[str]]]) -> tuple[object | N
 
 
 def _cause_of_death(code: int) -> str:
-    """Words for a worker's exit code."""
+    """Describe the exit code of a worker."""
     if code == -signal.SIGKILL:
         return (
             "a worker process was killed (SIGKILL), as the kernel does when the memory runs out: "
@@ -223,19 +222,18 @@ def _cause_of_death(code: int) -> str:
 
 
 def _context(options: Namespace):
-    """How worker processes come to be.
+    """How worker processes are started.
 
-    Not by forking this process: it has threads (CUDA, OpenMP, TensorBoard), and a lock that one of them holds
-    at that moment stays locked in the fork for good. A fork server is a process of its own, without such
-    threads, that imports the libraries once and forks from there, so that a worker starts in a moment all the
-    same.
+    They are not forked from this process. It has threads (CUDA, OpenMP, TensorBoard), and a lock that one of them
+    holds at that moment would stay locked in the fork forever. A fork server is a process of its own without such
+    threads. It imports the libraries once and forks the workers, so that they start fast all the same.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"data.{options.dataset}"])
-    # What it ignores when it starts, its workers ignore from their first moment: Ctrl-C is for this process to
-    # handle, and would otherwise end a worker that has just begun.
+    # Workers ignore from their first moment what the fork server ignores when it starts. Ctrl-C is handled by this
+    # process; otherwise it would end a worker that has just started.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
@@ -245,7 +243,7 @@ def _context(options: Namespace):
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker, which leaves Ctrl-C to the main process and doesn't outlive it."""
+    """Limit a worker to one thread; leave Ctrl-C to the main process; end the worker when the main process ends."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -253,6 +251,6 @@ def _start_worker(_: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # PyTorch's own watch compares process ids, which tells nothing under a fork server: it lives on
+    # PyTorch's own check compares the parent's process id. That is the fork server's, which stays alive.
     multiprocessing.parent_process().join()
     os._exit(1)

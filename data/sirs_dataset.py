@@ -1,7 +1,6 @@
 """The published datasets: synthetic and real pairs, mixed, to train; folders of pairs, to test."""
 
 from argparse import Namespace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +10,22 @@ from torch.utils.data import Dataset
 
 from data.cache import ImageCache
 from data.folders import Pair, Sets
+from data.sampling import Purpose, generator, partners
 from data.synthesis import Blend, synthesize
-from data.transforms import Augmentation, augment, generator
+from data.transforms import Augmentation, augment
 from util.errors import UserError
 from util.images import read_image, read_rgb
 
-_SAMPLE, _PARTNERS = 1, 2  # purposes of random numbers
-_ALIGNMENT = 32  # the published protocol evaluates at multiples of this
+_ALIGNMENT = 32  # the published protocol evaluates images whose sides are multiples of this
 
 Sample = dict[str, torch.Tensor | str]
 
 
 class TrainSet(Dataset[Sample]):
-    """Crops of synthetic, real and nature pairs, mixed by chance.
+    """Crops of synthetic, real and nature pairs, mixed at random.
 
-    A sample is a function of (seed, epoch, index) and the files alone. It is a dict of `input`, `target_t`
-    and `target_r`, float32 (3, crop_size, crop_size), and `name`, the files it comes from. Mixture and
+    A sample is a function of (seed, epoch, index) and the files alone. It is a dict of `mixture`,
+    `target_t` and `target_r`, float32 (3, crop_size, crop_size), and `name`, the files it comes from. Mixture and
     transmission are in 0..1. The reflection of a synthetic sample is the blurred photograph, in 0..1; that of
     a real pair is mixture minus transmission, in -1..1.
 
@@ -53,11 +52,11 @@ class TrainSet(Dataset[Sample]):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        rng = generator(self.seed, epoch, index, _SAMPLE)
+        rng = generator(self.seed, epoch, index, Purpose.SAMPLE)
         source = self.sources[np.searchsorted(self.bounds, rng.random(), side="right")]
         augmentation = Augmentation.draw(rng, self.crop_size, self.max_scale)
         if source == "synthetic":
-            files = self._partners(epoch, index)
+            files = [self.photographs[i] for i in partners(self.seed, epoch, index, len(self.photographs))]
             t, r = (augment(self.images.read(file), augmentation) for file in files)
             mixture, t, r = synthesize(t, r, self.draw(rng))
             name = "+".join(file.stem for file in files)
@@ -66,20 +65,6 @@ class TrainSet(Dataset[Sample]):
             mixture, t = (augment(self.images.read(file), augmentation) for file in (pair.mixture, pair.transmission))
             r, name = mixture - t, pair.name
         return _sample(mixture, t, r, f"{source}/{name}")
-
-    def _partners(self, epoch: int, index: int) -> list[Path]:
-        """The photographs of a synthetic sample: a shuffled list, halved, i-th of each half. The list is shuffled
-        every epoch, and in a long one (--epoch_size) again whenever each photograph has been used."""
-        half = len(self.photographs) // 2
-        around, place = divmod(index, half)
-        order = _shuffled(self.seed, epoch, around, len(self.photographs))
-        return [self.photographs[order[i]] for i in (place, place + half)]
-
-
-@lru_cache(maxsize=64)  # samples of an epoch come in any order
-def _shuffled(seed: int, epoch: int, around: int, count: int) -> np.ndarray:
-    """(count,) places of photographs."""
-    return generator(seed, epoch, around, _PARTNERS).permutation(count)
 
 
 class TestSet(Dataset[Sample]):
@@ -123,4 +108,4 @@ def _read_aligned(path: Path) -> np.ndarray:
 def _sample(mixture: np.ndarray, t: np.ndarray, r: np.ndarray, name: str) -> Sample:
     """(H, W, 3) arrays as contiguous (3, H, W) tensors under the names that the training step expects."""
     tensors = (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) for image in (mixture, t, r))
-    return {**dict(zip(("input", "target_t", "target_r"), tensors, strict=True)), "name": name}
+    return {**dict(zip(("mixture", "target_t", "target_r"), tensors, strict=True)), "name": name}

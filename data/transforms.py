@@ -1,18 +1,9 @@
-"""Where a sample's randomness comes from, and what happens alike to both of its images."""
+"""Augmentation: drawn once for a sample, applied alike to both of its images."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-
-
-def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
-    """The random numbers of one sample, or of one epoch (index 0), for one purpose.
-
-    Nothing else goes into them, so that they are the same for any number of workers and ranks, and after a
-    resume. Always four numbers, as NumPy pads seeds with zeros: (seed, epoch) would be (seed, epoch, 0).
-    """
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((purpose, seed, epoch, index))))
 
 
 @dataclass(frozen=True)

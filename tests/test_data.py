@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import EpochSampler, build_test_loaders, build_train_loader, build_val_loader, discover
+from data import build_test_loaders, build_train_loader, build_val_loader, discover
+from data.sampling import EpochSampler, generator
 from data.sirs_dataset import TestSet, TrainSet
-from data.transforms import Augmentation, augment, generator, scaled_size
+from data.transforms import Augmentation, augment, scaled_size
 from options import parse_train
 from util.errors import UserError
 from util.images import read_rgb
@@ -69,7 +70,7 @@ def batches(loader, epoch: int = 0, step: int = 0) -> list[dict]:
 def assert_same(ours: list[dict], theirs: list[dict]) -> None:
     assert [batch["name"] for batch in ours] == [batch["name"] for batch in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        for key in ("input", "target_t", "target_r"):
+        for key in ("mixture", "target_t", "target_r"):
             assert torch.equal(mine[key], other[key])
 
 
@@ -315,8 +316,8 @@ class TestTrainSet:
             two[5, key]  # whatever was asked before makes no difference
             assert_same([two[0, key]], [expected[key]])
         other = TrainSet(options_for(base, "--seed", 1), sets)
-        assert any(not torch.equal(other[0, i]["input"], expected[i]["input"]) for i in range(3))
-        assert not torch.equal(one[1, 0]["input"], expected[0]["input"])
+        assert any(not torch.equal(other[0, i]["mixture"], expected[i]["mixture"]) for i in range(3))
+        assert not torch.equal(one[1, 0]["mixture"], expected[0]["mixture"])
         assert one[0, 0]["name"] == expected[0]["name"]
 
     def test_samples_are_what_training_expects(self, base):
@@ -326,18 +327,18 @@ class TestTrainSet:
             sample = dataset[0, i]
             source, name = sample["name"].split("/")
             seen[source] += 1
-            for key in ("input", "target_t", "target_r"):
+            for key in ("mixture", "target_t", "target_r"):
                 assert sample[key].dtype == torch.float32
                 assert sample[key].shape == (3, 16, 16)
                 assert sample[key].is_contiguous()
-            for key in ("input", "target_t"):
+            for key in ("mixture", "target_t"):
                 assert sample[key].min() >= 0
                 assert sample[key].max() <= 1 + 1e-6
             if source == "synthetic":
                 assert len(set(name.split("+"))) == 2
                 assert sample["target_r"].min() >= 0
             else:
-                assert torch.equal(sample["target_r"], sample["input"] - sample["target_t"])
+                assert torch.equal(sample["target_r"], sample["mixture"] - sample["target_t"])
         assert set(seen) == {"synthetic", "real", "nature"}
 
     def test_both_images_of_a_pair_are_treated_alike(self, tmp_path):
@@ -346,7 +347,7 @@ class TestTrainSet:
         dataset = TrainSet(options_for(tmp_path), discover(options_for(tmp_path)))
         for i in range(20):
             sample = dataset[0, i]
-            assert torch.equal(sample["input"], sample["target_t"])
+            assert torch.equal(sample["mixture"], sample["target_t"])
             assert not sample["target_r"].any()
 
     def test_sources_come_in_the_proportions_of_the_mix(self, base):
@@ -400,9 +401,9 @@ class TestTestSet:
         sample = TestSet(options_for(base), sets.tests["real20_420"])[1]
         assert sample["name"] == "4"
         stored = np.asarray(Image.open(base / "test/real20_420/blended/4.png")).transpose(2, 0, 1)
-        np.testing.assert_allclose(sample["input"].numpy(), stored / 255, atol=1e-6)
-        assert sample["input"].shape == (3, 50, 70)
-        assert torch.equal(sample["target_r"], sample["input"] - sample["target_t"])
+        np.testing.assert_allclose(sample["mixture"].numpy(), stored / 255, atol=1e-6)
+        assert sample["mixture"].shape == (3, 50, 70)
+        assert torch.equal(sample["target_r"], sample["mixture"] - sample["target_t"])
         assert sample["target_r"].min() < 0
 
     def test_reflection_layer_is_used_where_there_is_one(self, base):
@@ -415,10 +416,10 @@ class TestTestSet:
     def test_aligned_to_multiples_of_32(self, base, name, shape):
         options = options_for(base, "--if_align")
         sample = TestSet(options, discover(options).tests[name])[0]
-        assert {sample[key].shape for key in ("input", "target_t", "target_r")} == {shape}
+        assert {sample[key].shape for key in ("mixture", "target_t", "target_r")} == {shape}
         pair = discover(options).tests[name][0]
         resized = Image.open(pair.mixture).resize(shape[:0:-1], Image.Resampling.BICUBIC)
-        np.testing.assert_allclose(sample["input"].numpy(), np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6)
+        np.testing.assert_allclose(sample["mixture"].numpy(), np.asarray(resized).transpose(2, 0, 1) / 255, atol=1e-6)
 
 
 class TestSampler:
@@ -479,7 +480,7 @@ class TestLoaders:
         assert len(alone) == len(shared) == 6
         whole = batches(alone)
         assert len(whole) == 6
-        assert whole[0]["input"].shape == (2, 3, 16, 16)
+        assert whole[0]["mixture"].shape == (2, 3, 16, 16)
         assert_same(batches(shared), whole)
         assert_same(batches(shared, epoch=0, step=4), whole[4:])  # same workers, another place
         next(iter(shared))  # an epoch that is given up leaves nothing behind for the next
@@ -627,7 +628,7 @@ def test_test_images_of_equal_size_come_together(tmp_path, size):
         write_pairs(tmp_path / "train/real", [f"{i}"])
     options = options_for(tmp_path, "--eval_batch", size)
     loader = build_test_loaders(options, discover(options))["a"]
-    found = [(batch["name"], batch["input"].shape[-1]) for batch in loader]
+    found = [(batch["name"], batch["mixture"].shape[-1]) for batch in loader]
     assert sorted(name for names, _ in found for name in names) == list("0123456")
     expected = {
         1: [["0"], ["1"], ["2"], ["3"], ["4"], ["5"], ["6"]],

@@ -211,7 +211,7 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch,
     told = capsys.readouterr().err
     saved = checkpoint.load(next(folder.glob("nonfinite_*.pt")))
     assert len(saved["names"]) == 2 and all(name in told for name in saved["names"])
-    assert saved["batch"]["input"].shape == (2, 3, 32, 32) and math.isnan(saved["terms"]["exclusion"])
+    assert saved["batch"]["mixture"].shape == (2, 3, 32, 32) and math.isnan(saved["terms"]["exclusion"])
     assert "network" in saved and Diverged.__name__ not in told
     assert program.run(replay.main, [str(next(folder.glob("nonfinite_*.pt")))]) == 0
     told = capsys.readouterr().out

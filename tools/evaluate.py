@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from data import Loader
+    from data.loader import Loader
     from models.separator import Separator
     from util.evaluation import Separated
 

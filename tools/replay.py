@@ -73,7 +73,7 @@ def replay(options: argparse.Namespace) -> None:
     for name, part in network.named_modules():
         if isinstance(part, Block):
             part.register_forward_hook(lambda _, came, went, name=name: watch(name, came[0], went))
-    terms = model(*(state["batch"][key] for key in ("input", "target_t", "target_r")))
+    terms = model(*state["batch"].values())
     sum(terms.values()).backward()
     print(f"{state['inet']}, step {state['global_step']}; {', '.join(state['names'])}")
     print("losses:  " + ", ".join(f"{key} {value.item():.4g}" for key, value in terms.items()))

@@ -32,11 +32,11 @@ def separate(batches: Iterable[dict], predict: Callable[[Tensor], tuple[Tensor, 
     """
     shape = None
     for batch in batches:
-        if batch["input"].shape != shape:
+        if batch["mixture"].shape != shape:
             release_freed_memory()
-            shape = batch["input"].shape
-        outputs = zip(*(output.cpu() for output in predict(batch["input"])), strict=True)
-        given = zip(*(batch[key] for key in ("name", "input", "target_t", "target_r")), strict=True)
+            shape = batch["mixture"].shape
+        outputs = zip(*(output.cpu() for output in predict(batch["mixture"])), strict=True)
+        given = zip(*(batch[key] for key in ("name", "mixture", "target_t", "target_r")), strict=True)
         for parts, (name, mixture, target_t, target_r) in zip(outputs, given, strict=True):
             yield Separated(name, mixture, *parts, target_t, target_r)
 

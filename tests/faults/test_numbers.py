@@ -9,7 +9,7 @@ import engine
 from data.sirs_dataset import TrainSet
 from tests.faults.test_signals import at_call
 from tests.test_engine import run
-from tests.test_guard import poison, quick_guard  # noqa: F401 - a fixture
+from tests.test_stability import poison, quick_guard  # noqa: F401 - a fixture
 from tools import replay
 from util import checkpoint, program
 from util.errors import UserError
@@ -41,7 +41,7 @@ def spoil_sample(monkeypatch) -> None:
     def item(self, which):
         sample = plain(self, which)
         if next(calls) == STEP:
-            sample["input"][1, 2, 3] = math.inf
+            sample["mixture"][1, 2, 3] = math.inf
         return sample
 
     monkeypatch.setattr(TrainSet, "__getitem__", item)
@@ -88,7 +88,7 @@ def test_with_accumulation_all_batches_of_the_step_are_saved(tiny_data, tmp_path
     status, folder = run(tiny_data, tmp_path, *SETTINGS, *more)
     assert status == 1
     saved = checkpoint.load(folder / "nonfinite_step_1_rank_0.pt")
-    assert saved["batch"]["input"].shape == (4, 3, 32, 32) and len(saved["names"]) == 4
+    assert saved["batch"]["mixture"].shape == (4, 3, 32, 32) and len(saved["names"]) == 4
 
 
 @pytest.mark.parametrize("kind", SPOIL)

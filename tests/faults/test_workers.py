@@ -18,8 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Dataset
 
 import data
-from data import Loader
-from data.loader import MOST_RESTARTS
+from data.loader import MOST_RESTARTS, Loader
 from tests.test_data import PHOTOGRAPHS, assert_same, batches, loader_of, options_for, write, write_pairs
 from tests.test_engine import ROOT, arguments, run, same, state_of
 from util.errors import UserError

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data import Loader, build_train_loader, discover
+from data import build_train_loader, discover
 from data.demo import build_demo
 from data.folders import Sets
+from data.loader import Loader
 from options import parse_train
 from options.arguments import natural_float, natural_int, positive_int
 from tools.benchmarks import common

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import Loader, build_test_loaders, discover
+from data import Loaders, build_test_loaders, discover
 from data.folders import MIXTURE, TRANSMISSION
-from engine import Engine, Loaders
+from data.loader import Loader
+from engine import Engine
 from models import build_model
 from options import parse_train
 from options.arguments import positive_int
@@ -94,7 +95,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
 
 def measure(engine: Engine, loader: Loader, repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of every evaluation and of every pass over its batches without anything else, in turn."""
-    batches = [batch["input"].to(device) for batch in loader]
+    batches = [batch["mixture"].to(device) for batch in loader]
 
     def forwards() -> None:
         for batch in batches:

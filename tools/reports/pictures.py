@@ -134,8 +134,10 @@ def _all(loaders: dict, separate: Separate) -> Iterator[Shown]:
 
 def _shown(sample: dict, set_name: str, separate: Separate) -> Shown:
     """Separated and measured; measured are the pixels that are shown, at full size."""
-    mixture, target = _array(sample["input"]), _array(sample["target_t"])
-    layers = {kind: np.nan_to_num(layer) for kind, layer in separate(sample["input"], set_name, sample["name"]).items()}
+    mixture, target = _array(sample["mixture"]), _array(sample["target_t"])
+    layers = {
+        kind: np.nan_to_num(layer) for kind, layer in separate(sample["mixture"], set_name, sample["name"]).items()
+    }
     metrics = quality_assess(layers["transmission"].clip(0, 1) * 255, target * 255)
     before = quality_assess(mixture * 255, target * 255)
     return Shown(set_name, sample["name"], {"input": mixture, "target": target, **layers}, metrics, before)
