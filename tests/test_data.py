@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import build_test_loaders, build_train_loader, build_val_loader, discover
+from data import build_loaders, build_test_loaders, build_train_loader, build_val_loader, discover
 from data.sampling import EpochSampler, generator
 from data.sirs_dataset import TestSet, TrainSet
 from data.transforms import Augmentation, augment, scaled_size
 from options import parse_train
+from util.distributed import World
 from util.errors import UserError
 from util.images import read_rgb
 
@@ -636,3 +637,19 @@ def test_test_images_of_equal_size_come_together(tmp_path, size):
         5: [["0", "2", "3", "6"], ["1", "4"], ["5"]],
     }
     assert [names for names, _ in found] == expected[size]
+
+
+def test_every_process_learns_that_the_demo_set_cannot_be_made(tmp_path):
+    """The process of rank 1 neither waits for rank 0 nor goes on without a set."""
+
+    class Second(World):
+        def share(self, value: object) -> object:
+            return UserError("the demo set cannot be written")
+
+        def barrier(self) -> None:
+            raise AssertionError("waits for a process that has stopped")
+
+    options = options_for(tmp_path)
+    options.demo = True
+    with pytest.raises(UserError, match="demo set cannot be written"):
+        build_loaders(options, Second(torch.device("cpu"), rank=1, size=2), lambda line: None)
