@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from util.errors import UserError, printable
 from util.images import SUFFIXES, check_image
+from util.published import TEST_SETS
 
 PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
 PAIR_SETS = {"real": Path("train/real"), "nature": Path("train/nature")}
 SOURCES = ("synthetic", *PAIR_SETS)  # in the order of --mix
-PUBLISHED_TESTS = ("real20_420", "SolidObjectDataset", "PostcardDataset", "WildSceneDataset", "Nature")
 MIXTURE, TRANSMISSION, REFLECTION = LAYERS = ("blended", "transmission_layer", "reflection_layer")
 
 _LAYOUT = f"""Expected below it, any part of which may be missing:
@@ -272,7 +272,7 @@ def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], li
 
 def _missing_tests(tests: dict[str, list[Pair]], demo: bool) -> list[str]:
     """A line about the published test sets that are not there."""
-    absent = [name for name in PUBLISHED_TESTS if name not in tests]
+    absent = [name for name in TEST_SETS if name not in tests]
     if demo or not absent:
         return []
     return [f"not there to test on: {', '.join(absent)}"]

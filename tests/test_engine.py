@@ -25,7 +25,8 @@ from train_sirs import train
 from util import checkpoint, program
 from util.errors import UserError
 from util.images import read_image
-from util.records import PUBLISHED_SETS, Record, read_metrics, table
+from util.published import AVERAGED_SETS
+from util.records import Record, read_metrics, table
 
 ROOT = Path(__file__).parent.parent
 SETS = {"val", "demo_clip", "demo_screen", "average"}
@@ -365,7 +366,7 @@ def test_decay_is_for_weights_of_convolutions_and_linear_layers():
 def test_published_average_is_weighted_by_counts(tmp_path):
     options = argparse.Namespace(comment="")
     record = Record(tmp_path, options, 0, 0)
-    for number, (name, count) in enumerate(zip((*PUBLISHED_SETS, "other"), (20, 200, 199, 55, 100), strict=True)):
+    for number, (name, count) in enumerate(zip((*AVERAGED_SETS, "other"), (20, 200, 199, 55, 100), strict=True)):
         values = dict.fromkeys(("PSNR", "SSIM", "LMSE", "NCC"), float(number))
         rows = [{"name": str(i), "model": values, "input": values} for i in range(count)]
         record.evaluation(1, 10, name, rows, 1.0)

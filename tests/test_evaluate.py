@@ -21,7 +21,8 @@ from util import program
 from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess
-from util.records import METRICS, PUBLISHED_SETS, read_metrics
+from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
+from util.records import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +149,14 @@ def test_lpips_that_cannot_be_had_is_told(monkeypatch):
 
 
 def test_published_sets_are_told_from_others():
-    counts = {name: count for name, (_, count) in evaluate.PUBLISHED_SETS.items()}
+    counts = {name: TEST_SETS[name].images for name in AVERAGED_SETS}
     assert evaluate.doubts(counts, "published") == evaluate.doubts(counts | {"Nature": 20}, "published") == []
     assert "real20_420 has 19 images instead of 20" in evaluate.doubts(counts | {"real20_420": 19}, "published")[0]
     assert "mine is none of them" in evaluate.doubts(counts | {"mine": 3}, "published")[0]
-    assert tuple(evaluate.PUBLISHED_SETS) == PUBLISHED_SETS
 
 
 def test_averages_count_images():
-    rows = {name: [{"PSNR": float(i)}] * count for i, (name, (_, count)) in enumerate(evaluate.PUBLISHED_SETS.items())}
+    rows = {name: [{"PSNR": float(i)}] * TEST_SETS[name].images for i, name in enumerate(AVERAGED_SETS)}
     lines = {line.set: line for line in evaluate.summarise("x", "", None, rows | {"Nature": [{"PSNR": 9.0}] * 20})}
     assert lines["average_published"].count == 474 and lines["average"].count == 494
     assert lines["average_published"].values["PSNR"] == pytest.approx((200 + 2 * 199 + 3 * 55) / 474)
@@ -167,9 +167,9 @@ def test_averages_count_images():
 
 def test_published_averages_follow_from_their_sets():
     """Of those networks that this project rebuilds; to the rounding of the figures."""
-    counts = [count for _, count in evaluate.PUBLISHED_SETS.values()]
+    counts = [TEST_SETS[name].images for name in AVERAGED_SETS]
     for name in ("DSRNet", "M2DSRNet", "MXDSRNet", "DSRNet-W"):
-        *sets, average = evaluate.PUBLISHED[name]
+        *sets, average = FIGURES[name]
         assert np.average([psnr for psnr, _ in sets], weights=counts) == pytest.approx(average[0], abs=0.011), name
 
 

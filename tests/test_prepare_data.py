@@ -19,9 +19,9 @@ from PIL import Image
 from data.folders import PHOTOGRAPHS
 from tools import prepare_data
 from tools.preparation import download
-from tools.preparation.check import REAL20
 from util import program
 from util.images import read_image, write_image
+from util.published import REAL20
 
 
 def picture(seed: int, height: int = 32, width: int = 48) -> np.ndarray:

@@ -16,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from options import parse_train
 from tools import summarize
 from util import program
-from util.records import PUBLISHED_SETS, Record, read_metrics
+from util.published import AVERAGED_SETS
+from util.records import Record, read_metrics
 from util.runs import find_runs, read_run
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +111,7 @@ def test_a_demo_run_is_compared_with_the_demos_recipe(monkeypatch, tmp_path):
 
 
 def test_the_published_average_has_a_column(tmp_path, capsys):
-    leave(tmp_path / "runs/full", {1: dict.fromkeys(PUBLISHED_SETS, 25.0) | {"mine": 10.0}})
+    leave(tmp_path / "runs/full", {1: dict.fromkeys(AVERAGED_SETS, 25.0) | {"mine": 10.0}})
     row = rows_of(tmp_path / "runs", tmp_path)["full"]
     assert row["published"]["PSNR"] == pytest.approx(25) and row["average"]["PSNR"] < 25
     head = capsys.readouterr().out.splitlines()[0]

@@ -7,8 +7,6 @@ figures were measured and as a training with --if_align records. `native`: every
 tools/infer.py saves them. PSNR is the mean over the channels, as published; PSNR_joint is of all channels together.
 """
 
-import csv
-import io
 import json
 import math
 import sys
@@ -21,8 +19,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_evaluate, separator_settings
-from util.errors import UserError
+from util import disk, tables
 from util.program import run
+from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
 
 if TYPE_CHECKING:
     import torch
@@ -31,29 +30,6 @@ if TYPE_CHECKING:
     from data.loader import Loader
     from models.separator import Separator
     from util.evaluation import Separated
-
-# The published test sets: folder, name in the tables, images.
-PUBLISHED_SETS = {
-    "real20_420": ("Real20", 20),
-    "SolidObjectDataset": ("Objects", 200),
-    "PostcardDataset": ("Postcard", 199),
-    "WildSceneDataset": ("Wild", 55),
-}
-
-# PSNR and SSIM as their authors published them, for the sets in this order and for their average.
-PUBLISHED = {
-    "ERRNet": ((22.89, 0.803), (24.87, 0.896), (22.04, 0.876), (24.25, 0.853), (23.53, 0.879)),
-    "IBCLN": ((21.86, 0.762), (24.87, 0.893), (23.39, 0.875), (24.71, 0.886), (24.10, 0.879)),
-    "YTMT": ((23.26, 0.806), (24.87, 0.896), (22.91, 0.884), (25.48, 0.890), (24.05, 0.886)),
-    "RAGNet": ((22.95, 0.793), (26.15, 0.903), (23.67, 0.879), (25.53, 0.880), (24.90, 0.886)),
-    "DSRNet": ((24.23, 0.820), (26.28, 0.914), (24.56, 0.908), (25.68, 0.896), (25.40, 0.905)),
-    "M2DSRNet": ((23.24, 0.801), (26.83, 0.920), (24.00, 0.904), (26.23, 0.907), (25.42, 0.907)),
-    "MXDSRNet": ((23.01, 0.793), (26.33, 0.917), (24.06, 0.901), (24.96, 0.900), (25.07, 0.903)),
-    "DSRNet-W": ((23.58, 0.802), (26.76, 0.919), (25.01, 0.910), (26.36, 0.908), (25.84, 0.909)),
-    "MDSRNet-W": ((23.65, 0.814), (25.93, 0.914), (24.89, 0.914), (27.14, 0.914), (25.54, 0.910)),
-    "RDNet": ((25.58, 0.846), (26.78, 0.921), (26.33, 0.922), (27.70, 0.915), (26.65, 0.917)),
-    "WindowSeat": ((26.60, 0.864), (28.85, 0.938), (28.70, 0.933), (29.44, 0.936), (28.76, None)),
-}
 
 AVERAGE, AVERAGE_PUBLISHED = "average", "average_published"
 INPUT = "input"
@@ -131,12 +107,12 @@ def evaluate(options: Namespace) -> None:
 def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
     """Why figures measured on sets of these names and sizes can't be held against the published ones."""
     wrong = []
-    for name, (_, count) in PUBLISHED_SETS.items():
+    for name in AVERAGED_SETS:
         if name not in counts:
             wrong.append(f"{name} is missing")
-        elif counts[name] != count:
-            wrong.append(f"{name} has {counts[name]} images instead of {count}")
-    others = sorted(set(counts) - set(PUBLISHED_SETS) - {"Nature"})
+        elif counts[name] != TEST_SETS[name].images:
+            wrong.append(f"{name} has {counts[name]} images instead of {TEST_SETS[name].images}")
+    others = sorted(set(counts) - set(TEST_SETS))
     if others:
         wrong.append(f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} none of them")
     found = []
@@ -221,8 +197,8 @@ def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str
         return len(rows), {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
 
     groups = {name: [name] for name in measured} | {AVERAGE: list(measured)}
-    if all(name in measured for name in PUBLISHED_SETS):
-        groups[AVERAGE_PUBLISHED] = list(PUBLISHED_SETS)
+    if all(name in measured for name in AVERAGED_SETS):
+        groups[AVERAGE_PUBLISHED] = list(AVERAGED_SETS)
     return [Line(estimate, inet, epoch, title, *mean(names)) for title, names in groups.items()]
 
 
@@ -240,11 +216,12 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
             line = found[estimate, AVERAGE]
             name = estimate + (f" ({line.inet})" if line.inet else "")
             rows.append([name, *(_figures([found[estimate, title].values[m] for m in pair], pair) for title in titles)])
-        parts += [_table([" / ".join(pair), *titles.values()], rows)]
-    heads = [f"{name} ({count})" for name, count in PUBLISHED_SETS.values()]
-    heads.append(f"average ({sum(count for _, count in PUBLISHED_SETS.values())})")
-    published = [[name, *(_figures(values, metrics[:2]) for values in sets)] for name, sets in PUBLISHED.items()]
-    parts += ["Published, by their authors:\n", _table(["PSNR / SSIM", *heads], published)]
+        parts += [tables.as_markdown([[" / ".join(pair), *titles.values()], *rows])]
+    averaged = [TEST_SETS[name] for name in AVERAGED_SETS]
+    heads = [f"{known.title} ({known.images})" for known in averaged]
+    heads.append(f"average ({sum(known.images for known in averaged)})")
+    published = [[name, *(_figures(values, metrics[:2]) for values in sets)] for name, sets in FIGURES.items()]
+    parts += ["Published, by their authors:\n", tables.as_markdown([["PSNR / SSIM", *heads], *published])]
     return "\n".join(parts)
 
 
@@ -252,11 +229,6 @@ def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:
     digits = {"PSNR": 2, "PSNR_joint": 2}
     shown = zip(values, metrics, strict=True)
     return " / ".join("-" if value is None else f"{value:.{digits.get(metric, 3)}f}" for value, metric in shown)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warnings: Sequence[str], text: str) -> None:
@@ -274,27 +246,16 @@ def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warni
         for row in rows
     ]
     published = {
-        name: dict(zip((*PUBLISHED_SETS, AVERAGE_PUBLISHED), sets, strict=True)) for name, sets in PUBLISHED.items()
+        name: dict(zip((*AVERAGED_SETS, AVERAGE_PUBLISHED), sets, strict=True)) for name, sets in FIGURES.items()
     }
     about = {"base_dir": str(options.base_dir), "protocol": options.protocol, "warnings": list(warnings)}
     whole = json.dumps(about | {"measured": plain, "published": published}, indent=1) + "\n"
-    files = {"evaluation.md": text, "evaluation.csv": _csv(plain), "evaluation.json": whole}
-    try:
+    files = {"evaluation.md": text, "evaluation.csv": tables.as_csv(plain), "evaluation.json": whole}
+    with disk.writing(options.output, "-o"):
         options.output.mkdir(parents=True, exist_ok=True)
-        for name, content in {**files, "per_image.csv": _csv(images)}.items():
-            temporary = options.output / f".{name}.tmp"
-            temporary.write_text(content, encoding="utf-8", newline="")
-            temporary.replace(options.output / name)
-    except OSError as error:
-        raise UserError(f"-o {options.output}: cannot be written: {error.strerror}") from error
-
-
-def _csv(rows: Sequence[dict]) -> str:
-    file = io.StringIO()
-    table = csv.DictWriter(file, rows[0])
-    table.writeheader()
-    table.writerows(rows)
-    return file.getvalue()
+    for name, content in {**files, "per_image.csv": tables.as_csv(images)}.items():
+        with disk.replacing(options.output / name, "-o") as path:
+            path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

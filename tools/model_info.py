@@ -20,12 +20,14 @@ what the architecture can do, not of what a training makes of it.
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import natural_float, positive_int
+from util import tables
 from util.errors import UserError
 from util.program import run
 
@@ -96,11 +98,7 @@ def _print_costs(name: str, height: int, width: int, depth: int) -> None:
         weight, work = module.parameters / found.parameters, module.forward / found.forward
         figures = f"{module.parameters:,}", f"{weight:.1%}", f"{module.forward / 1e9:,.2f}", f"{work:.1%}"
         rows.append((module.name, *figures))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        print("  " + "  ".join([first.ljust(widths[0]), *cells]))
-    print()
+    print(textwrap.indent(tables.as_text(rows, left=1, rule=False), "  ") + "\n")
 
 
 def _draw(options: argparse.Namespace) -> None:

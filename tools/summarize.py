@@ -10,8 +10,6 @@ epoch ('last'). The best epoch by the test sets stands in a column of its own: i
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import statistics
@@ -23,8 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import DEMO_RECIPE, train_parser
+from util import disk, tables
 from util.errors import UserError
 from util.program import run
+from util.published import AVERAGED_SETS
 
 # Options that say where and how a run ran, not what was trained on what.
 _NO_RECIPE = {
@@ -71,10 +71,8 @@ def summarize(options: argparse.Namespace) -> None:
         print(note)
     for kind, write in _WRITERS.items():
         if path := getattr(options, kind):
-            try:
-                path.write_text(write(rows, sets), encoding="utf-8", errors="backslashreplace")
-            except OSError as error:
-                raise UserError(f"--{kind} {path}: cannot be written: {error.strerror}") from error
+            with disk.replacing(path, f"--{kind}") as temporary:
+                temporary.write_text(write(rows, sets), encoding="utf-8", errors="backslashreplace")
 
 
 def row(run, root: Path) -> dict:
@@ -161,10 +159,8 @@ def _mean(scores: list[dict]) -> dict:
 
 def test_sets(rows: list[dict]) -> list[str]:
     """The test sets of all runs, the published ones first."""
-    from util.records import PUBLISHED_SETS
-
     found = {name for entry in rows for name in entry["sets"]}
-    return [name for name in PUBLISHED_SETS if name in found] + sorted(found - set(PUBLISHED_SETS))
+    return [name for name in AVERAGED_SETS if name in found] + sorted(found - set(AVERAGED_SETS))
 
 
 def in_order(rows: list[dict], key: str, sets: list[str]) -> list[dict]:
@@ -225,26 +221,18 @@ def notes(rows: list[dict]) -> list[str]:
 def terminal_table(rows: list[dict], sets: list[str]) -> str:
     """Aligned columns; long texts are cut, and control characters shown as '?'."""
     cells = _cells(rows, sets, _for_terminal)
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return tables.as_text(cells)
 
 
 def markdown_table(rows: list[dict], sets: list[str]) -> str:
     """A table of Markdown, with the notes below it."""
-    head, *lines = _cells(rows, sets, _for_markdown)
-    table = [head, ["---"] * len(head), *lines]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in table] + [""] + notes(rows)) + "\n"
+    cells = _cells(rows, sets, lambda text: " ".join(text.split()))
+    return "\n".join([tables.as_markdown(cells, escape="\\`*_[]|<>#&~"), *notes(rows)]) + "\n"
 
 
 def csv_table(rows: list[dict], sets: list[str]) -> str:
     """A line a run, every figure in a column of its own."""
-    text = io.StringIO()
-    plain = [_flat(entry, sets) for entry in rows]
-    table = csv.DictWriter(text, list(plain[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(plain)
-    return text.getvalue()
+    return tables.as_csv([_flat(entry, sets) for entry in rows])
 
 
 def json_table(rows: list[dict], _: list[str]) -> str:
@@ -298,10 +286,6 @@ def _short(value: object) -> str:
 def _for_terminal(text: str) -> str:
     text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     return text if len(text) <= _TEXT_WIDTH else text[: _TEXT_WIDTH - 3] + "..."
-
-
-def _for_markdown(text: str) -> str:
-    return "".join("\\" + c if c in "\\`*_[]|<>#&~" else c for c in " ".join(text.split()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Writing to a disk that may be full, read-only or gone: whole files or none, and errors that say where."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,26 +12,39 @@ _TEMPORARY = ".tmp-"  # hidden, and before the name, so that the suffix still te
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with the disk within becomes a UserError with the file's path and the space that is left."""
+def writing(path: Path, option: str = "") -> Iterator[None]:
+    """Turn an error of the disk in this block into a UserError with the file's path and the space that is left.
+
+    Args:
+        path: what is written.
+        option: the option that named it, if any; the message begins with it.
+    """
     try:
         yield
     except OSError as error:
         left = ""
-        with suppress(OSError):
-            left = f" ({size(free(path))} are free there now)"
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}{left}") from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+            with suppress(OSError):
+                left = f" ({size(free(path))} are free there now)"
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror or error}{left}".lstrip()) from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of `path` at the end; until then, and after an error, that is as it was.
+def replacing(path: Path, option: str = "") -> Iterator[Path]:
+    """Give a temporary path to write, which replaces `path` at the end; after an error, `path` is as it was before.
+
+    A `path` that is no regular file, such as a pipe or /dev/null, is written directly.
 
     Raises:
-        UserError: it can't be written; nothing of it is left.
+        UserError: the file can't be written; nothing of it is left.
     """
-    temporary = path.with_name(_TEMPORARY + path.name)
-    with writing(path):
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        with writing(path, option):
+            yield path
+        return
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    with writing(path, option):
         try:
             yield temporary
             temporary.replace(path)

@@ -3,7 +3,6 @@
 Colours are taken as they are: the ICC profile that says what they mean is handed on, not applied.
 """
 
-import os
 import struct
 import warnings
 import zlib
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from util import disk
 from util.errors import UserError
 from util.images import JPEG_QUALITY, SUFFIXES, decode, is_deep, opened, to_rgb
 
@@ -134,14 +134,11 @@ def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str
     alpha = like.alpha
     if alpha is not None and alpha.shape == pixels.shape[:2] and form in _WITH_ALPHA:
         pixels = np.dstack([pixels, as_type(alpha, pixels.dtype)])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                _encode(file, pixels, like, form)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with disk.replacing(path) as temporary, temporary.open("wb") as file:
+            _encode(file, pixels, like, form)
+    except UserError:
+        raise
     except Exception as error:  # what an encoder raises for what it can't hold is anybody's guess
         raise UserError(f"{path}: cannot be written: {error}") from error
 

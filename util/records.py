@@ -23,12 +23,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from options import as_text
-from util import disk
+from util import disk, tables
 from util.images import write_image
+from util.published import AVERAGED_SETS
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
-PUBLISHED_SETS = ("real20_420", "SolidObjectDataset", "PostcardDataset", "WildSceneDataset")
-"""The sets of the published average, weighted by their image counts."""
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _EVENTS = "events.out.tfevents."
@@ -112,7 +111,7 @@ class Record:
         """Count-weighted averages over all test sets, and over the published ones where all are there."""
         if not self.active:
             return
-        for title, wanted in (("average", None), ("average_published", PUBLISHED_SETS)):
+        for title, wanted in (("average", None), ("average_published", AVERAGED_SETS)):
             for estimate, at in (("input", 0), ("model", epoch)):
                 lines = [
                     line
@@ -258,9 +257,7 @@ def table(lines: list[dict]) -> str:
                 f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+    return tables.as_text(rows)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

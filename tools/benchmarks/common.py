@@ -19,10 +19,10 @@ import torch
 from models.arch import list_models
 from util.device import available_memory
 from util.errors import UserError
+from util.tables import Rows, as_markdown, as_text
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]
-Rows = list[list[str]]
 
 
 # Options ---------------------------------------------------------------------------------------------------
@@ -272,29 +272,12 @@ def report(
     text = "\n".join(f"{key}: {value}" for key, value in header.items())
     print(f"{text}\n")
     for title, rows in tables:
-        print(f"{title}\n{_aligned(rows)}\n")
+        print(f"{title}\n{as_text(rows, left=2, rule=False)}\n")
     if options.markdown:
-        parts = [f"### {title}\n\n{_markdown(rows)}" for title, rows in tables]
-        options.markdown.write_text("\n\n".join([f"```\n{text}\n```", *parts]) + "\n")
+        parts = [f"### {title}\n\n{as_markdown(rows)}" for title, rows in tables]
+        options.markdown.write_text("\n".join([f"```\n{text}\n```\n", *parts]))
     if options.json:
         options.json.write_text(json.dumps({"setting": header, **record}, indent=1) + "\n")
-
-
-def _aligned(rows: Rows) -> str:
-    """Columns as wide as their widest cell, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def _markdown(rows: Rows) -> str:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
 
 
 @dataclass

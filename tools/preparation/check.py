@@ -8,18 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from data.folders import PAIR_SETS, PHOTOGRAPHS, Pair, check_name, find_images, find_pairs, find_test_sets
+from util import tables
 from util.errors import UserError, printable
 from util.images import read_rgb
 from util.progress import track
+from util.published import REAL20, TEST_SETS, TRAIN_COUNTS
 
-REAL20 = [str(number) for number in (3, 4, 9, 12, 15, 22, 23, 25, 29, 39, 46, 47, 58, 86, 87, 89, 93, 103, 107, 110)]
-"""Names of the published Real20."""
-
-TRAIN_COUNTS = {"photographs": 15287, "real": 89, "nature": 200}
-TEST_COUNTS = {
-    "real20_420": 20, "SolidObjectDataset": 200, "PostcardDataset": 199, "WildSceneDataset": 55, "Nature": 20,
-}  # fmt: skip
-
+_PUBLISHED = TRAIN_COUNTS | {name: found.images for name, found in TEST_SETS.items()}
 _THREADS = 4  # decoding releases Python's lock
 _MOST_LINES = 50
 
@@ -83,8 +78,8 @@ def _parts(base: Path) -> list[Part]:
     parts = [Part("photographs", base / PHOTOGRAPHS, True, len(photographs), photographs)]
     parts += [_pairs_of(name, base / place, train=True) for name, place in PAIR_SETS.items()]
     tests = {name: _pairs_of(name, place, train=False) for name, place in find_test_sets(base / "test").items()}
-    absent = [Part(name, base / "test" / name, False, 0, []) for name in TEST_COUNTS if name not in tests]
-    parts += sorted([*tests.values(), *absent], key=lambda part: (part.name not in TEST_COUNTS, part.name))
+    absent = [Part(name, base / "test" / name, False, 0, []) for name in TEST_SETS if name not in tests]
+    parts += sorted([*tests.values(), *absent], key=lambda part: (part.name not in TEST_SETS, part.name))
     for part in parts:
         part.differences += _differences(part)
     return parts
@@ -101,7 +96,7 @@ def _pairs_of(name: str, place: Path, train: bool) -> Part:
 
 
 def _differences(part: Part) -> list[str]:
-    wanted = {**TRAIN_COUNTS, **TEST_COUNTS}.get(part.name)
+    wanted = _PUBLISHED.get(part.name)
     if wanted in (None, part.count):
         return []
     return [f"{part.count or 'none'} of {wanted} there"]
@@ -158,7 +153,7 @@ def _table(parts: list[Part], sizes: dict[Path, tuple[int, int]]) -> str:
     rows = [("set", "for", "images", "published", "sizes", "trouble")]
     for part in parts:
         unit = "" if part.name == "photographs" else " pairs"
-        wanted = {**TRAIN_COUNTS, **TEST_COUNTS}.get(part.name, "-")
+        wanted = _PUBLISHED.get(part.name, "-")
         use = "training" if part.train else "test"
         rows.append(
             (
@@ -170,8 +165,7 @@ def _table(parts: list[Part], sizes: dict[Path, tuple[int, int]]) -> str:
                 str(len(part.problems)),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return tables.as_text(rows, rule=False)
 
 
 def _range(part: Part, sizes: dict[Path, tuple[int, int]]) -> str:

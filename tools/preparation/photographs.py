@@ -1,6 +1,5 @@
 """Stock data sets, brought into the published shape."""
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from data.folders import MIXTURE, PHOTOGRAPHS, TRANSMISSION, find_images, find_pairs
+from util import disk
 from util.errors import UserError
 from util.images import read_rgb
 from util.progress import track
@@ -106,20 +106,14 @@ def _convert(jobs: dict[Path, Path], change: Callable, title: str) -> list[str]:
 
 
 def _make(folder: Path) -> None:
-    try:
+    with disk.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
 def _write(image: Image.Image, target: Path) -> str:
     """Written whole or not at all, so that a file that is there is a good one."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with disk.replacing(target) as temporary:
         image.save(temporary, "PNG")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return "new"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tools.reports.pictures import Shown
-from util.errors import UserError
+from util import disk
 from util.runs import SCORES, Run
 
 _HERE = Path(__file__).parent
@@ -38,15 +38,8 @@ def write(path: Path, run: Run, charts: list[dict], shown: Iterable[Shown], sour
     Raises:
         UserError: the file can't be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.writelines(_page(run, charts, shown, source, max_side))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"-o {path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk.replacing(path, "-o") as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
+        file.writelines(_page(run, charts, shown, source, max_side))
 
 
 def as_json(value: object) -> str:
