@@ -22,7 +22,7 @@ from data.loader import Loader
 from models.arch.blocks import Block
 from models.weights import check_finite, check_fit
 from options import as_text
-from util import checkpoint, disk, resume
+from util import disk
 from util.device import enough_memory, less_memory_for_a_step, less_memory_for_images
 from util.distributed import World
 from util.errors import UserError
@@ -30,7 +30,8 @@ from util.evaluation import measure, separate
 from util.images import write_image
 from util.program import Interrupt, Interrupted
 from util.progress import Progress, track
-from util.records import Record
+from util.run import checkpoint, resume
+from util.run.record import Record
 from util.stability import BlockNorms, Guard, Verdict
 
 _KINDS = {"inet": str, "options": dict, "epoch": int, "step": int, "global_step": int, "best": float | None}

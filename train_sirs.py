@@ -37,7 +37,7 @@ def train(options) -> int:
     from data import build_loaders
     from models.arch import list_models
     from util.distributed import join
-    from util.lock import Lock
+    from util.run.lock import Lock
 
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
@@ -89,7 +89,7 @@ def _build(options, loaders, world, folder: Path, say):
 def _fit(engine, say) -> int:
     """Train; the program's exit status."""
     from engine import Diverged
-    from util.records import read_metrics, table
+    from util.run.reader import read_metrics, table
 
     folder = engine.folder
     try:

@@ -54,7 +54,7 @@ def build_loaders(options: Namespace, world: World, log: Callable[[str], None]) 
     Raises:
         UserError: there is nothing to train on or to test, or files can't be used; in every process.
     """
-    from util import resume
+    from util.run import resume
 
     if options.demo:
         log("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")

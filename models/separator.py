@@ -14,10 +14,10 @@ from models.dsrnet_model_sirs import DSRNetModel
 from models.vgg import Vgg19
 from models.weights import architecture_of, load_weights
 from util import tiles
-from util.checkpoint import load
 from util.device import available_memory, enough_memory, wants_bf16
 from util.distributed import join
 from util.errors import UserError
+from util.run.checkpoint import load
 
 PARTS = ("transmission", "reflection", "residue")
 

@@ -9,8 +9,8 @@ from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
 from models.weights import check_finite
-from util import checkpoint
 from util.errors import UserError
+from util.run import checkpoint
 
 # After how many layers of torchvision's vgg19().features the five maps are taken: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
 CUTS = (2, 7, 12, 21, 30)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.arch import create_model, list_models
-from util import checkpoint
 from util.errors import UserError
+from util.run import checkpoint
 
 _WHERE = ("ema", "network", "weight", "state_dict", "model", "icnn")  # a state dict is found in a checkpoint
 _KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

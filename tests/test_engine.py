@@ -22,11 +22,13 @@ from models.arch import create_model
 from options import parse_train, train_parser
 from tools import replay
 from train_sirs import train
-from util import checkpoint, program
+from util import program
 from util.errors import UserError
 from util.images import read_image
 from util.published import AVERAGED_SETS
-from util.records import Record, read_metrics, table
+from util.run import checkpoint
+from util.run.reader import read_metrics, table
+from util.run.record import Record
 
 ROOT = Path(__file__).parent.parent
 SETS = {"val", "demo_clip", "demo_screen", "average"}

@@ -22,7 +22,7 @@ from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess
 from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
-from util.records import METRICS, read_metrics
+from util.run.reader import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from models.vgg import Vgg19
 from tools import model_info
 from tools.inspection import field
 from tools.inspection.costs import costs, kept_bytes
-from util import checkpoint, program
+from util import program
+from util.run import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from tools import report
 from tools.reports.page import as_json, data_uri
 from tools.reports.pictures import Shown
 from util import program
-from util.records import read_metrics
-from util.runs import read_run
+from util.run.reader import read_metrics, read_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NAME = "<img src=x onerror=alert(1)>"

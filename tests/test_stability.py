@@ -11,8 +11,8 @@ import engine
 from models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.fused import gate_project_add
 from tests.test_engine import run, same, state_of
-from util import checkpoint
-from util.records import read_metrics
+from util.run import checkpoint
+from util.run.reader import read_metrics
 from util.stability import Guard, Verdict
 
 

@@ -17,8 +17,8 @@ from options import parse_train
 from tools import summarize
 from util import program
 from util.published import AVERAGED_SETS
-from util.records import Record, read_metrics
-from util.runs import find_runs, read_run
+from util.run.reader import find_runs, read_metrics, read_run
+from util.run.record import Record
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"val": 2, "mine": 3, "other": 5}
@@ -228,3 +228,9 @@ def test_help_is_quick_and_imports_nothing_heavy(program):
     code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]") and "usage" in done.stdout
+
+
+def test_runs_are_read_without_torch():
+    """The leaderboard starts in a tenth of a second."""
+    code = "import sys, util.run.reader, tools.summarize; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -11,8 +11,9 @@ from models.weights import load_weights
 from options import PRETRAINED
 from tests.conftest import GOLDEN, published_state
 from tools import export
-from util import checkpoint, program
+from util import program
 from util.errors import UserError
+from util.run import checkpoint
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["dsrnet_s"]
 

@@ -38,7 +38,7 @@ def export(source: Path, target: Path) -> str:
     """
     from models.arch import create_model
     from models.weights import architecture_of, load_weights
-    from util import checkpoint
+    from util.run import checkpoint
 
     content = checkpoint.load(source)
     name = architecture_of(content, str(source))

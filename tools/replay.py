@@ -41,8 +41,8 @@ def replay(options: argparse.Namespace) -> None:
     from models.dsrnet_model_sirs import DSRNetModel
     from models.losses import ReflectionLoss
     from models.vgg import Vgg19
-    from util import checkpoint
     from util.device import wants_bf16
+    from util.run import checkpoint
 
     state = checkpoint.load(options.file)
     if not {"batch", "names", "network", "inet", "options"} <= state.keys():

@@ -53,7 +53,7 @@ def report(options: argparse.Namespace) -> None:
     """
     from tools.reports import page, pictures
     from tools.reports.curves import curves
-    from util.runs import is_run, read_run
+    from util.run.reader import is_run, read_run
 
     if not options.run.is_dir() or not is_run(options.run):
         raise UserError(f"{options.run}: not the folder of a run; train_sirs.py leaves one under --checkpoints_dir")

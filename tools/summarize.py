@@ -59,7 +59,7 @@ def summarize(options: argparse.Namespace) -> None:
     Raises:
         UserError: there are no runs, there is no such key to sort by, or a file can't be written.
     """
-    from util.runs import find_runs, read_run
+    from util.run.reader import find_runs, read_run
 
     rows = [row(read_run(folder), options.folder) for folder in find_runs(options.folder)]
     sets = test_sets(rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import models.arch
 from tests.faults.small import Small, small, train_small
-from util import checkpoint
+from util.run import checkpoint
 
 BALLAST = 1 << 20  # numbers, so that writing a checkpoint takes a while
 SETTINGS = ("--nEpochs", "3", "--epoch_size", "6", "--keep", "2", "--resume", "auto", "--name")

@@ -17,8 +17,9 @@ from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from tools import evaluate, infer, replay
 from train_sirs import main
-from util import checkpoint, program, resume
+from util import program
 from util.errors import UserError
+from util.run import checkpoint, resume
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
@@ -321,7 +322,7 @@ def test_points_of_a_run_that_was_killed_before_its_first_checkpoint_are_not_dou
 def test_events_of_a_run_whose_clock_was_set_back_come_last(run, finished, tiny_data, monkeypatch):
     shutil.copy(run / "epoch_001.pt", run / "last.pt")
     (run / "previous.pt").unlink()
-    monkeypatch.setattr("util.records.time.time", lambda: 1e9)
+    monkeypatch.setattr("util.run.record.time.time", lambda: 1e9)
     assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
     assert len(list(run.glob("events.*"))) == 2
     assert outcome(run)["curve"] == outcome(finished)["curve"]
@@ -396,7 +397,9 @@ def test_changed_data_is_told_and_refused(run, tiny_data, tmp_path, capsys):
 
 def test_a_changed_program_is_told(run, tiny_data, capsys):
     state = checkpoint.load(run / "last.pt")
-    assert {"torch", "engine.py", "models/losses.py", "data/synthesis.py"} <= state["code"].keys()
+    assert {"torch", "engine.py", "models/losses.py", "data/synthesis.py", "util/disk.py", "util/run/resume.py"} <= (
+        state["code"].keys()
+    )
     _rewritten(run / "last.pt", code=state["code"] | {"engine.py": "other", "models/gone.py": "x"})
     assert resumed(tiny_data, run) == 0
     assert "the program isn't the same: engine.py, models/gone.py" in capsys.readouterr().out

@@ -16,9 +16,10 @@ import torch
 from tests.faults.small import outcome, train_small
 from tests.test_engine import arguments, same
 from train_sirs import main
-from util import checkpoint, disk, program
+from util import disk, program
 from util.errors import UserError
 from util.images import write_image
+from util.run import checkpoint
 
 MIB = 1 << 20
 

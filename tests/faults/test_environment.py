@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from tests.test_engine import arguments, run, same, state_of
-from util.runs import read_run
+from util.run.reader import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "3", "--save_steps", "1")

@@ -22,7 +22,7 @@ from tools import app
 from tools.preparation import archive
 from util.errors import UserError
 from util.images import write_image
-from util.records import Record
+from util.run.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 SET = "<script>alert(2)</script>"

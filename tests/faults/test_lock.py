@@ -11,9 +11,9 @@ import time
 import pytest
 
 from tests.faults.small import train_small
-from util import lock
 from util.errors import UserError
-from util.lock import Lock
+from util.run import lock
+from util.run.lock import Lock
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from models.dsrnet_model_sirs import DSRNetModel
 from tests.faults.test_signals import at_call
 from tests.test_engine import arguments, run, same, state_of
-from util import checkpoint
 from util.device import enough_memory
 from util.errors import UserError
+from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "6", "--save_steps", "1", "--batchSize", "2")

@@ -11,8 +11,9 @@ from tests.faults.test_signals import at_call
 from tests.test_engine import run
 from tests.test_stability import poison, quick_guard  # noqa: F401 - a fixture
 from tools import replay
-from util import checkpoint, program
+from util import program
 from util.errors import UserError
+from util.run import checkpoint
 
 STEP = 4  # from 1
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "7", "--save_steps", "1", "--lr", "1e-4", "--val_split", "0.5")

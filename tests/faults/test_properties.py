@@ -22,10 +22,11 @@ from torch import nn
 from models.weights import architecture_of, load_weights
 from options import parse_evaluate, parse_infer, parse_train, train_parser
 from tools import summarize
-from util import checkpoint, program
+from util import program
 from util.errors import UserError
-from util.records import Record, read_metrics, table
-from util.runs import read_run
+from util.run import checkpoint
+from util.run.reader import read_metrics, read_run, table
+from util.run.record import Record
 
 MANY = [pytest.param(100, id="some"), pytest.param(2500, id="many", marks=pytest.mark.slow)]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.test_engine import arguments, same, state_of, wait_for_writes
 from util import distributed
 from util.distributed import World
-from util.records import read_metrics
+from util.run.reader import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

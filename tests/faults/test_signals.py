@@ -16,7 +16,8 @@ import train_sirs
 from models.dsrnet_model_sirs import DSRNetModel
 from tests.test_engine import arguments, run, same, state_of, wait_for_writes
 from tests.test_runner import NVIDIA_SMI, RECORDER, Project
-from util import checkpoint, program
+from util import program
+from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.test_engine import arguments
-from util import checkpoint
-from util.records import read_metrics
+from util.run import checkpoint
+from util.run.reader import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 8, 250

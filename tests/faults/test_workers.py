@@ -23,7 +23,7 @@ from tests.test_data import PHOTOGRAPHS, assert_same, batches, loader_of, option
 from tests.test_engine import ROOT, arguments, run, same, state_of
 from util.errors import UserError
 from util.images import read_rgb
-from util.records import read_metrics
+from util.run.reader import read_metrics
 
 BREAKING = {
     "gone": Path.unlink,

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from util.runs import SCORES, Run
+from util.run.reader import SCORES, Run
 
 # Title of a chart, beginning of its tags, whether a logarithmic axis suits it.
 _CHARTS = (

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tools.reports.pictures import Shown
 from util import disk
-from util.runs import SCORES, Run
+from util.run.reader import SCORES, Run
 
 _HERE = Path(__file__).parent
 _QUALITY = 80  # of WebP

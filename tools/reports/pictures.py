@@ -11,12 +11,12 @@ from torch import Tensor
 import data
 from models.separator import load_separator
 from options import train_parser
-from util import checkpoint
 from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess
 from util.progress import Progress
-from util.runs import Run
+from util.run import checkpoint
+from util.run.reader import Run
 
 Separate = Callable[[Tensor, str, str], dict[str, np.ndarray]]
 """(mixture (3, H, W), set, name) -> pictures by kind, (H, W, 3) each."""

@@ -1,5 +1,7 @@
 """Runs as they lie on disk, finished or not, whole or damaged: what the leaderboard and the report read."""
 
+import contextlib
+import json
 import math
 import os
 import re
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import yaml
 
+from util import tables
 from util.errors import UserError
 
-SCORES = ("PSNR", "SSIM")
+METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
+SCORES = METRICS[:2]
 
 _MARKS = ("options.yaml", "metrics.jsonl", "last.pt", "best.pt")
 _EVENTS = "events.out.tfevents.*"
@@ -168,8 +172,6 @@ def _read_options(run: Run) -> None:
 
 
 def _read_lines(run: Run) -> None:
-    from util.records import read_metrics  # imports torch
-
     path = run.folder / "metrics.jsonl"
     try:
         run.lines = read_metrics(run.folder)
@@ -181,6 +183,58 @@ def _read_lines(run: Run) -> None:
         run.problems.append(f"metrics.jsonl: {written - len(run.lines)} of {written} lines can't be read")
     if not run.lines:
         run.problems.append("nothing has been evaluated")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The whole lines of a run's metrics.jsonl: one cut short by a kill, or damaged, is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if _is_whole(line)]
+
+
+def _is_whole(line: object) -> bool:
+    """Whether a line has all keys, each with a value of its kind."""
+    return isinstance(line, dict) and all(_KINDS[key](line.get(key)) for key in _KINDS)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+_KINDS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
+_KINDS |= dict.fromkeys(METRICS, _is_number)
+
+
+def table(lines: list[dict]) -> str:
+    """The last evaluation as a table: every set's untouched input, the model, the gain."""
+    model = [line for line in lines if line["estimate"] == "model"]
+    if not model:
+        return "nothing has been evaluated"
+    epoch = model[-1]["epoch"]
+    rows = [("set", "images", "input PSNR/SSIM", f"epoch {epoch} PSNR/SSIM", "gain PSNR/SSIM")]
+    for line in (line for line in model if line["epoch"] == epoch):
+        before = next((i for i in lines if i["set"] == line["set"] and i["estimate"] == "input"), line)
+        rows.append(
+            (
+                line["set"],
+                str(line["count"]),
+                f"{before['PSNR']:6.2f} / {before['SSIM']:.3f}",
+                f"{line['PSNR']:6.2f} / {line['SSIM']:.3f}",
+                f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
+            )
+        )
+    return tables.as_text(rows)
 
 
 def _is_plain(value: object) -> bool:

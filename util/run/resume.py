@@ -12,8 +12,8 @@ from util.errors import UserError
 TEST = "test set "
 """How the names of sets begin that are only measured."""
 
-_ROOT = Path(__file__).resolve().parents[1]
-_CODE = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/*.py")
+_ROOT = Path(__file__).resolve().parents[2]
+_CODE = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/**/*.py")
 
 # Options that may differ: those that say where, how and how fast, and those that only count at the start.
 _HARMLESS = {"base_dir", "cache_images", "checkpoint_activations", "checkpoints_dir", "comment", "compile", "demo"}

@@ -5,7 +5,6 @@ newest picture of each set) and TensorBoard's events. Everything that shows or c
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import platform
@@ -23,11 +22,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from options import as_text
-from util import disk, tables
+from util import disk
 from util.images import write_image
 from util.published import AVERAGED_SETS
-
-METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
+from util.run.reader import METRICS, read_metrics
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _EVENTS = "events.out.tfevents."
@@ -206,58 +204,6 @@ class _Events:
         with disk.writing(self.path):
             self._writer.write(event.SerializeToString())
             self._file.flush()
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The whole lines of a run's metrics.jsonl: one cut short by a kill, or damaged, is left out."""
-    path = folder / "metrics.jsonl"
-    lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, RecursionError):
-            lines.append(json.loads(text))
-    return [line for line in lines if _is_whole(line)]
-
-
-def _is_whole(line: object) -> bool:
-    """Whether a line has all keys, each with a value of its kind."""
-    return isinstance(line, dict) and all(_KINDS[key](line.get(key)) for key in _KINDS)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**63
-
-
-def _is_word(value: object) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
-
-
-_KINDS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
-_KINDS |= dict.fromkeys(METRICS, _is_number)
-
-
-def table(lines: list[dict]) -> str:
-    """The last evaluation as a table: every set's untouched input, the model, the gain."""
-    model = [line for line in lines if line["estimate"] == "model"]
-    if not model:
-        return "nothing has been evaluated"
-    epoch = model[-1]["epoch"]
-    rows = [("set", "images", "input PSNR/SSIM", f"epoch {epoch} PSNR/SSIM", "gain PSNR/SSIM")]
-    for line in (line for line in model if line["epoch"] == epoch):
-        before = next((i for i in lines if i["set"] == line["set"] and i["estimate"] == "input"), line)
-        rows.append(
-            (
-                line["set"],
-                str(line["count"]),
-                f"{before['PSNR']:6.2f} / {before['SSIM']:.3f}",
-                f"{line['PSNR']:6.2f} / {line['SSIM']:.3f}",
-                f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
-            )
-        )
-    return tables.as_text(rows)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
