@@ -1,7 +1,9 @@
 """tools/benchmark.py: every subcommand on little, and what its figures must add up to."""
 
+import functools
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools.benchmark import main
-from tools.benchmarks import common, step
+from tools.benchmarks import common, machine, variants
+from tools.benchmarks.common import Measurement
 from util import program
 
 
@@ -17,8 +20,8 @@ from util import program
 def _known_ceilings(monkeypatch):
     """Rates that nobody needs to measure: 100 GFLOP/s, in bfloat16 200."""
     rates = {torch.float32: 1e11, torch.bfloat16: 2e11}
-    monkeypatch.setattr(common, "matrix_rate", lambda device, dtype: rates[dtype])
-    monkeypatch.setattr(common, "copy_rate", lambda device: 1e10)
+    monkeypatch.setattr(machine, "matrix_rate", lambda device, dtype: rates[dtype])
+    monkeypatch.setattr(machine, "copy_rate", lambda device: 1e10)
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def run(tmp_path):
 
     def run(*arguments: str) -> tuple[dict, str]:
         files = tmp_path / "result.json", tmp_path / "result.md"
-        assert main([*arguments, "--json", str(files[0]), "--markdown", str(files[1])]) == 0
+        assert not main([*arguments, "--json", str(files[0]), "--markdown", str(files[1])])
         record = json.loads(files[0].read_text())
         header = {"command", "machine", "threads", "torch", "date"}
         assert header < set(record["setting"])
@@ -40,7 +43,7 @@ def run(tmp_path):
 def test_scan(run, tmp_path):
     picture = tmp_path / "scan.png"
     record, markdown = run(
-        "scan", "--device", "cpu", "--shapes", "1,4,64", "1,4,128", "--backends", "cpu", "reference",
+        "scan", "--gpu_ids", "-1", "--shapes", "1,4,64", "1,4,128", "--backends", "cpu", "reference",
         "--repeats", "2", "--plot", str(picture),
     )  # fmt: skip
     assert record["setting"]["rate"] == "share is of 100 GFLOP/s, measured with a 2048 x 2048 matrix product"
@@ -58,7 +61,7 @@ def test_scan(run, tmp_path):
 def test_step(run, tmp_path):
     picture = tmp_path / "step.png"
     record, markdown = run(
-        "step", "--device", "cpu", "--sizes", "32", "--variants", "plain", "fp32", "bf16+checkpoint",
+        "step", "--gpu_ids", "-1", "--sizes", "32", "--variants", "plain", "fp32", "bf16+checkpoint",
         "--repeats", "1", "--no-keep_freed_memory", "--plot", str(picture),
     )  # fmt: skip
     plain, fp32, bf16 = record["measurements"]
@@ -72,17 +75,17 @@ def test_step(run, tmp_path):
     # The variants do the same work, although one of them does much of it twice.
     assert plain["flops"] == fp32["flops"] == bf16["flops"]
     assert fp32["floor"] == pytest.approx(1e3 * fp32["flops"] / 1e11) == 2 * bf16["floor"]
-    if not math.isnan(plain["peak"]):
-        gradients = 4 * 9.9e6  # bytes
-        assert gradients < bf16["peak"] < fp32["peak"] < plain["peak"]
-    assert "| dsrnet_s,32,1 | plain |" in markdown
+    if not math.isnan(plain["peak_GiB"]):
+        gradients = 4 * 9.9e6 / 2**30
+        assert gradients < bf16["peak_GiB"] < fp32["peak_GiB"] < plain["peak_GiB"]
+    assert "| training step | dsrnet_s | plain | 32 | 1 |" in markdown
     assert picture.stat().st_size > 0
 
 
 def test_step_forward_only(run, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     record, markdown = run(
-        "step", "--device", "cpu", "--forward_only", "--sizes", "32", "--batches", "1", "2", "--variants", "fp32",
+        "step", "--gpu_ids", "-1", "--forward_only", "--sizes", "32", "--batches", "1", "2", "--variants", "fp32",
         "--repeats", "3", "--no-keep_freed_memory", "--profile", str(trace),
     )  # fmt: skip
     one, two = record["measurements"]
@@ -99,7 +102,7 @@ def test_step_forward_only(run, tmp_path, capsys):
 def test_memory(run, tmp_path):
     picture = tmp_path / "memory.png"
     record, markdown = run(
-        "memory", "--device", "cpu", "--sizes", "16", "48", "--variants", "bf16+checkpoint",
+        "memory", "--gpu_ids", "-1", "--sizes", "16", "48", "--variants", "bf16+checkpoint",
         "--no-keep_freed_memory", "--plot", str(picture),
     )  # fmt: skip
     found = record["measurements"]
@@ -109,9 +112,9 @@ def test_memory(run, tmp_path):
         ("prediction", "bf16", 16),
         ("prediction", "bf16", 48),
     ]
-    assert "GiB/megapixel" in markdown
+    assert "bytes/pixel" in markdown
     assert picture.stat().st_size > 0
-    trained, trained_48, predicted, predicted_48 = (m["peak"] for m in found)
+    trained, trained_48, predicted, predicted_48 = (m["peak_GiB"] * 2**30 for m in found)
     if not math.isnan(trained):
         assert predicted < predicted_48 < trained_48
         assert trained < trained_48
@@ -120,55 +123,56 @@ def test_memory(run, tmp_path):
 
 def test_data(run, tiny_data):
     little = ("data", "--base_dir", str(tiny_data), "--crop_size", "16", "--seconds", "0.2")
-    record, markdown = run(*little, "--workers", "0", "--cache_images", "0", "0.01")
+    record, markdown = run(*little, "--nThreads", "0", "--cache_images", "0", "0.01")
     found = record["measurements"]
-    assert [(m["workers"], m["cache"]) for m in found] == [(0, 0), (0, 0.01)]
+    assert [(m["workers"], m["cache GiB"]) for m in found] == [(0, 0), (0, 0.01)]
     assert 0 < found[1]["reading"] < found[0]["reading"] < 1
     assert "| workers | cache GiB |" in markdown
-    record, _ = run(*little, "--workers", "2", "--cache_images", "0")
+    record, _ = run(*little, "--nThreads", "2", "--cache_images", "0")
     (alone,) = record["measurements"]
-    assert alone["reading"] is None
+    assert "reading" not in alone
     assert alone["rate_a_core"] == alone["rate"] / 2
     for m in (*found, alone):
-        assert m["samples"] > 1 and m["seconds"] >= 0.2
-        assert m["rate"] == pytest.approx(m["samples"] / m["seconds"])
+        assert m["samples"] > 1 and m["milliseconds"] >= 200
+        assert m["rate"] == pytest.approx(1e3 * m["samples"] / m["milliseconds"])
 
 
 def test_data_without_room_for_the_cache(run, tiny_data):
     record, markdown = run(
-        "data", "--base_dir", str(tiny_data), "--crop_size", "16", "--workers", "0", "--cache_images", "1e6",
+        "data", "--base_dir", str(tiny_data), "--crop_size", "16", "--nThreads", "0", "--cache_images", "1e6",
         "--seconds", "0.1",
     )  # fmt: skip
     (m,) = record["measurements"]
-    assert m["samples"] == 0 and m["note"] in markdown and "1e+06" in m["note"]
+    assert "samples" not in m and m["note"] in markdown and "1e+06" in m["note"]
 
 
 def test_eval(run):
     record, markdown = run(
-        "eval", "--device", "cpu", "--images", "3", "--size", "40", "32", "--eval_batch", "2", "--save_images",
+        "eval", "--gpu_ids", "-1", "--images", "3", "--size", "40", "32", "--eval_batch", "2", "--save_images",
         "--repeats", "1",
     )  # fmt: skip
-    assert record["images"] == 3
-    seconds = record["seconds"]
-    assert all(value > 0 for value in seconds.values())
-    assert record["overhead"] == seconds["evaluation"] / seconds["forward passes"]
+    whole, forwards = record["measurements"]
+    assert [m["what"] for m in (whole, forwards)] == ["evaluation", "forward passes"]
+    for m in (whole, forwards):
+        assert m["images"] == 3 and m["repeats"] == 1 and m["milliseconds"] > 0
+        assert m["images_a_second"] == pytest.approx(3e3 / m["milliseconds"])
+        assert m["overhead"] == m["milliseconds"] / forwards["milliseconds"]
     assert "dsrnet_s, 3 images of 40 x 32 (cpu)" in markdown
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("step --models dsrnet_xl", ", dsrnet_l, "),
+        ("step --inet dsrnet_xl", ", dsrnet_l, "),
         ("step --variants fp16", "compile, graphs, checkpoint"),
         ("step --variants fp32+bf16", "no such variant"),
         ("step --variants compile", "no such variant"),
-        ("step --models mdsrnet_s --variants plain fp32", "has no Mamba layers, and mdsrnet_s has"),
-        ("step --variants fp32+graphs --device cpu", "CUDA graphs need a GPU"),
+        ("step --inet mdsrnet_s --variants plain fp32", "has no Mamba layers, and mdsrnet_s has"),
+        ("step --variants fp32+graphs --gpu_ids -1", "CUDA graphs need a GPU"),
         ("step --variants fp32+compile --forward_only", "change the training step"),
-        ("step --sizes 40", "must be a multiple of 16"),
-        ("eval --model dsrnet_xl", ", dsrnet_l, "),
+        ("eval --inet dsrnet_xl", ", dsrnet_l, "),
         ("data --base_dir nowhere", "there is no such folder"),
-        ("scan --device cpu --backends nothing", "no such backend"),
+        ("scan --gpu_ids -1 --backends nothing", "no such backend"),
     ],
 )
 def test_one_line_for_what_is_wrong(arguments, told, capsys):
@@ -178,36 +182,48 @@ def test_one_line_for_what_is_wrong(arguments, told, capsys):
 
 
 def test_mamba_has_no_plain_variant():
-    assert step.has_mamba("mdsrnet_s") and not step.has_mamba("dsrnet_s")
+    assert variants.has_mamba("mdsrnet_s") and not variants.has_mamba("dsrnet_s")
 
 
 @pytest.mark.parametrize("groups", [1, 8])
 def test_backward_of_a_convolution_counts_twice(groups):
     conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 6, 6, requires_grad=True)
-    formulas = {torch.ops.aten.convolution_backward: step._backward_flops}
+    formulas = {torch.ops.aten.convolution_backward: variants._backward_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         conv(x).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * conv.weight.numel() * 2 * 6 * 6
 
 
+def test_a_size_that_the_networks_cannot_take(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["step", "--sizes", "40"])
+    assert stop.value.code == 2 and "40 is not a multiple of 16" in capsys.readouterr().err
+
+
+def measured(variant: str, size: int, milliseconds: float, peak: float, batch: int = 1) -> Measurement:
+    what = {"model": "m", "variant": variant, "size": size, "batch": batch}
+    return Measurement(what, batch * size**2, [milliseconds / 1e3], peak)
+
+
 def test_what_is_foreseen_as_too_much_is_left_out():
     called = []
-    calls = {"slow": lambda: called.append("slow"), "big": lambda: called.append("big"), "small": lambda: None}
-    costs = common.in_turn(calls, "cpu", 3, 10, "title", {"slow": (11, 0), "big": (1, 1e18), "small": (1, 1)})
-    assert not called
-    assert costs["slow"].note == "left out, about 11 s" and costs["slow"].milliseconds is None
-    assert costs["big"].note.endswith(" GiB") and costs["big"].milliseconds is None
-    assert len(costs["small"].seconds) == 3 and not costs["small"].note
+    known = {"slow": (11e3, 0), "big": (1e3, 1e18), "small": (1e3, 1)}
+    earlier = [measured(name, 16, *cost) for name, cost in known.items()]
+    blank = {name: Measurement({"model": "m", "variant": name, "size": 16, "batch": 1}, 16**2) for name in known}
+    calls = [(m, functools.partial(called.append, name)) for name, m in blank.items()]
+    assert common.compare(calls, Namespace(repeats=3, max_seconds=10), "cpu", earlier) == list(blank.values())
+    assert set(called) == {"small"}
+    assert blank["slow"].note == "left out, about 11 s" and not blank["slow"].seconds
+    assert blank["big"].note.endswith(" GiB") and not blank["big"].seconds
+    assert len(blank["small"].seconds) == 3 and not blank["small"].note
 
 
 def test_foreseen_along_a_line():
-    earlier = [
-        step.Measurement("m", "fp32", size, 1, milliseconds=100 + size**2, peak=5 + 2 * size**2) for size in (16, 32)
-    ]
-    wanted = step.Measurement("m", "fp32", 64, 2)
-    assert step.foresee(wanted, earlier) == pytest.approx(((100 + 2 * 64**2) / 1e3, 5 + 4 * 64**2))
-    assert step.foresee(wanted, earlier[:1]) == pytest.approx(((100 + 256) * 32 / 1e3, (5 + 512) * 32))
-    assert step.foresee(step.Measurement("m", "bf16", 64, 2), earlier) is None
+    earlier = [measured("fp32", size, 100 + size**2, 5 + 2 * size**2) for size in (16, 32)]
+    wanted = measured("fp32", 64, 0, 0, batch=2)
+    assert common.foresee(wanted, earlier) == pytest.approx(((100 + 2 * 64**2) / 1e3, 5 + 4 * 64**2))
+    assert common.foresee(wanted, earlier[:1]) == pytest.approx(((100 + 256) * 32 / 1e3, (5 + 512) * 32))
+    assert common.foresee(measured("bf16", 64, 0, 0), earlier) == (0, 0)
 
 
 def test_peak_memory_is_what_a_call_holds():
@@ -218,7 +234,8 @@ def test_peak_memory_is_what_a_call_holds():
 
 def test_turns_are_taken():
     order = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = common.take_turns(calls, {"a": 3, "b": 2}, "cpu", "title")
+    found = {name: Measurement({"name": name}) for name in "ab"}
+    calls = [(m, functools.partial(order.append, name)) for name, m in found.items()]
+    common.take_turns(calls, [3, 2], "cpu")
     assert order == ["a", "b", "a", "b", "a"]
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 2}
+    assert {name: len(m.seconds) for name, m in found.items()} == {"a": 3, "b": 2}

@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         download(options.url, options.file)
     else:
-        from tools.preparation import photographs
+        from tools.preparation import convert
 
-        {"voc": photographs.voc, "real20": photographs.real20}[options.command](options.source, options.base_dir)
+        {"voc": convert.voc, "real20": convert.real20}[options.command](options.source, options.base_dir)
     return 0
 
 

@@ -1,25 +1,22 @@
-"""What the subcommands share: timing in turn, peak memory, the machine's ceilings, tables, plots and files."""
+"""What the subcommands share: measurements, timing in turn, peak memory, the machine's ceilings, tables and plots."""
 
 import argparse
 import ctypes
-import functools
 import gc
-import json
-import platform
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.arch import list_models
-from util.device import available_memory
+from util import device as devices
 from util.errors import UserError
-from util.tables import Rows, as_markdown, as_text
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]
@@ -28,49 +25,161 @@ Timer = Callable[[Call, str], float]
 # Options ---------------------------------------------------------------------------------------------------
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
-
-
-def add_output(parser: argparse.ArgumentParser, plot: str | None = None) -> None:
-    """--json and --markdown; --plot, too, where `plot` says what it draws."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
-    if plot:
-        parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot} there")
-
-
 def choose_device(options: argparse.Namespace) -> str:
-    """What --device means here, "cpu" or "cuda"."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here")
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return options.device
+    """The kind of device that --gpu_ids names: "cpu" or "cuda"."""
+    device = devices.choose_device(options.gpu_ids)
+    if device.type != "cuda":
+        return "cpu"
+    torch.cuda.set_device(device)
+    return "cuda"
 
 
-def check_models(option: str, names: Iterable[str]) -> None:
-    """Stop if one of the models that `option` names isn't there."""
+def check_models(names: Iterable[str]) -> None:
+    """Check the names that --inet gives.
+
+    Raises:
+        UserError: one of them is no model's.
+    """
     for name in names:
         if name not in list_models():
-            raise UserError(f"{option} {name}: no such model; there are {', '.join(list_models())}")
+            raise UserError(f"--inet {name}: there is no such model; there are {', '.join(list_models())}")
 
 
-# Time and memory -------------------------------------------------------------------------------------------
+# Measurements ----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Cost:
-    """What a call took."""
+class Measurement:
+    """What one of several competitors takes in one setting.
 
-    seconds: list[float] = field(default_factory=list)  # of every repeat
-    peak: float = float("nan")  # bytes beyond those held before
-    note: str = ""  # why there are no seconds
+    Attributes:
+        what: competitor and setting, by column. The values that are words, such as model and variant, name the curve
+            that the measurement belongs to; the numbers, such as size and batch, say where on it.
+        work: the number that time and memory grow with, such as pixels.
+        seconds: of every repeat.
+        peak: bytes beyond those held before; nan where the system doesn't say, None where it is not measured.
+        figures: all that follows, by name; None where it is unknown.
+        note: why it was left out.
+    """
+
+    what: dict[str, str | float]
+    work: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    peak: float | None = None
+    figures: dict[str, float | None] = field(default_factory=dict)
+    note: str = ""
 
     @property
-    def milliseconds(self) -> float | None:
-        """The median; None where there is none."""
-        return 1e3 * statistics.median(self.seconds) if self.seconds else None
+    def curve(self) -> tuple[str, ...]:
+        return tuple(value for value in self.what.values() if isinstance(value, str))
+
+    @property
+    def milliseconds(self) -> float:
+        """The median."""
+        return 1e3 * statistics.median(self.seconds)
+
+    def record(self) -> dict[str, object]:
+        """What it was of and all that is known, by name."""
+        if self.note:
+            return self.what | {"note": self.note}
+        times = {
+            "milliseconds": self.milliseconds,
+            "fastest": 1e3 * min(self.seconds),
+            "slowest": 1e3 * max(self.seconds),
+            "repeats": len(self.seconds),
+            "peak_GiB": None if self.peak is None else self.peak / 2**30,
+        }
+        return self.what | {name: value for name, value in (times | self.figures).items() if value is not None}
+
+
+def by_curve(found: Iterable[Measurement]) -> dict[tuple[str, ...], list[Measurement]]:
+    """The measurements of every curve, without those left out."""
+    curves = {}
+    for m in found:
+        if not m.note:
+            curves.setdefault(m.curve, []).append(m)
+    return curves
+
+
+def add_ratio(found: Iterable[Measurement], base: Measurement | None, name: str = "ratio") -> None:
+    """Note how many times as fast as `base` the others are, where there is one that was not left out."""
+    for m in found:
+        if base and not (base.note or m.note):
+            m.figures[name] = base.milliseconds / m.milliseconds
+
+
+def compare(
+    competitors: Sequence[tuple[Measurement, Call]],
+    options: argparse.Namespace,
+    device: str,
+    earlier: Sequence[Measurement] = (),
+    timer: Timer | None = None,
+) -> list[Measurement]:
+    """Measure time and peak memory of calls side by side; each is called twice before it is timed.
+
+    Args:
+        competitors: blank measurements, which are filled in, and what they are of.
+        options: repeats: how often each is timed at most; max_seconds: for all repeats of one; one that is foreseen to
+            need more even once is left out.
+        device: "cpu" or "cuda".
+        earlier: measurements that say what is to be foreseen.
+        timer: `elapsed` (the default) or `kernel_seconds`.
+    """
+    timer = timer or elapsed
+    running, counts = [], []
+    for m, call in competitors:
+        progress(" ".join(map(str, m.what.values())))
+        m.note = _too_much(*foresee(m, earlier), options.max_seconds, device)
+        if m.note:
+            continue
+        try:
+            m.peak = peak_memory(call, device)
+            m.seconds.append(timer(call, device))
+        except torch.cuda.OutOfMemoryError:
+            m.note = "out of memory"
+            continue
+        running.append((m, call))
+        counts.append(min(options.repeats, int(options.max_seconds / m.seconds[0]) + 1))
+    take_turns(running, counts, device, timer)
+    return [m for m, _ in competitors]
+
+
+def take_turns(
+    competitors: Sequence[tuple[Measurement, Call]], counts: Sequence[int], device: str, timer: Timer | None = None
+) -> None:
+    """Time calls in turn until each has `counts` of them: what disturbs one disturbs all."""
+    while due := [
+        (m, call) for (m, call), count in zip(competitors, counts, strict=True) if len(m.seconds) < count
+    ]:  # fmt: skip
+        if sys.stderr.isatty():
+            progress(f"round {len(due[0][0].seconds) + 1}")
+        for m, call in due:
+            m.seconds.append((timer or elapsed)(call, device))
+    progress("")
+
+
+def foresee(wanted: Measurement, earlier: Iterable[Measurement]) -> tuple[float, float]:
+    """Seconds and bytes by a line through the same curve's earlier ones, through a single one and the origin; 0 where
+    there are none."""
+    same = by_curve(earlier).get(wanted.curve, [])
+    if not same:
+        return 0.0, 0.0
+    points = [(0, 0, 0)] if len({m.work for m in same}) == 1 else []
+    points += [(m.work, m.milliseconds / 1e3, m.peak) for m in same]
+    work, seconds, peaks = zip(*points, strict=True)
+    return tuple(float(np.polyval(np.polyfit(work, values, 1), wanted.work)) for values in (seconds, peaks))
+
+
+def _too_much(seconds: float, size: float, max_seconds: float, device: str) -> str:
+    """Why a call that would take so many seconds and bytes is left out; nothing if it isn't."""
+    if seconds > max_seconds:
+        return f"left out, about {seconds:.0f} s"
+    if size > 0.8 * devices.available_memory(torch.device(device)):
+        return f"left out, about {size / 2**30:.0f} GiB"
+    return ""
+
+
+# Time and memory -------------------------------------------------------------------------------------------
 
 
 def elapsed(call: Call, device: str) -> float:
@@ -89,74 +198,6 @@ def kernel_seconds(call: Call, device: str) -> float:
 
         return 1e-3 * do_bench(call, warmup=5, rep=50, return_mode="median")
     return elapsed(call, device)
-
-
-def in_turn(
-    calls: Mapping[str, Call],
-    device: str,
-    repeats: int,
-    max_seconds: float,
-    title: str,
-    foreseen: Mapping[str, tuple[float, float]],
-    timer: Timer = elapsed,
-) -> dict[str, Cost]:
-    """Time and peak memory of calls side by side; each is called twice before it is timed.
-
-    Args:
-        calls: what is compared, by name.
-        device: "cpu" or "cuda".
-        repeats: how often each is timed at most.
-        max_seconds: for all repeats of one call; one that is foreseen to need more even once is left out.
-        title: of the line that tells the progress.
-        foreseen: seconds and bytes that calls are expected to take, as far as that is known.
-        timer: seconds of a call on the device.
-    """
-    costs, counts = {}, {}
-    for name, call in calls.items():
-        progress(f"{title}: {name}")
-        costs[name] = cost = Cost(note=_too_much(*foreseen[name], max_seconds, device) if name in foreseen else "")
-        if cost.note:
-            continue
-        try:
-            cost.peak = peak_memory(call, device)
-            cost.seconds = [timer(call, device)]
-        except torch.cuda.OutOfMemoryError:
-            cost.note = "out of memory"
-            continue
-        counts[name] = min(repeats, int(max_seconds / cost.seconds[0]) + 1)
-    further = take_turns({name: calls[name] for name in counts}, counts, device, title, timer, done=1)
-    for name, seconds in further.items():
-        costs[name].seconds += seconds
-    return costs
-
-
-def take_turns(
-    calls: Mapping[str, Call],
-    counts: Mapping[str, int],
-    device: str,
-    title: str,
-    timer: Timer = elapsed,
-    done: int = 0,
-) -> dict[str, list[float]]:
-    """Seconds of every call, `counts` of each less those `done`, in turn: what disturbs one disturbs all."""
-    seconds = {name: [] for name in calls}
-    for turn in range(done, max(counts.values(), default=0)):
-        if sys.stderr.isatty():
-            progress(f"{title}: round {turn + 1}")
-        for name, call in calls.items():
-            if turn < counts[name]:
-                seconds[name].append(timer(call, device))
-    progress("")
-    return seconds
-
-
-def _too_much(seconds: float, size: float, max_seconds: float, device: str) -> str:
-    """Why a call that would take so many seconds and bytes is left out; nothing if it isn't."""
-    if seconds > max_seconds:
-        return f"left out, about {seconds:.0f} s"
-    if size > 0.8 * available_memory(torch.device(device)):
-        return f"left out, about {size / 2**30:.0f} GiB"
-    return ""
 
 
 def peak_memory(call: Call, device: str) -> float:
@@ -182,146 +223,9 @@ def _process_memory(key: str) -> int:
     return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-# The machine -----------------------------------------------------------------------------------------------
-
-
-def matrix_side(device: str) -> int:
-    """Rows and columns of the matrices that `matrix_rate` multiplies."""
-    return 8192 if device == "cuda" else 2048
-
-
-@functools.cache
-def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of torch's matrix product, the most that this machine does."""
-    side = matrix_side(device)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / _fastest(lambda: a @ a, device)
-
-
-@functools.cache
-def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a copy of 256 MiB."""
-    a = torch.ones(1 << 28, dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / _fastest(lambda: b.copy_(a), device)
-
-
-def _fastest(call: Call, device: str) -> float:
-    """Seconds of the fastest of ten calls, or of as many as two seconds hold."""
-    seconds = []
-    while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < 2):
-        seconds.append(kernel_seconds(call, device))
-    return min(seconds)
-
-
-def ceilings(device: str) -> dict[str, float]:
-    """Matrix products in FLOP/s, by precision, and the copy in B/s."""
-    progress("the machine's ceilings")
-    rates = {
-        "fp32": matrix_rate(device, torch.float32),
-        "bf16": matrix_rate(device, torch.bfloat16),
-        "copy": copy_rate(device),
-    }
-    progress("")
-    return rates
-
-
-def machine_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    information = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", information.read_text()) if information.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def setting(options: argparse.Namespace, device: str) -> dict[str, object]:
-    """What ran on what: the header of a report."""
-    return {
-        "command": f"python tools/benchmark.py {options.arguments}",
-        "machine": machine_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def with_ceilings(options: argparse.Namespace, device: str, rates: Mapping[str, float]) -> dict[str, object]:
-    """`setting` and the rates of `ceilings` in words."""
-    products = ", ".join(f"{rates[precision] / 1e9:.0f} GFLOP/s {precision}" for precision in ("fp32", "bf16"))
-    side = matrix_side(device)
-    words = f"{products} (a {side} x {side} matrix product), copy {rates['copy'] / 1e9:.1f} GB/s read and written"
-    return setting(options, device) | {"ceilings": words}
-
-
-# What is shown and written ---------------------------------------------------------------------------------
-
-
 def progress(text: str) -> None:
     """One line on standard error that the next one replaces."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     elif text:
         print(text, file=sys.stderr, flush=True)
-
-
-def report(
-    options: argparse.Namespace, header: Mapping[str, object], tables: Iterable[tuple[str, Rows]], **record: object
-) -> None:
-    """Print the header and the tables (title and rows, the first with the columns' names), and write what is asked
-    for: them as --markdown, the header and `record` as --json."""
-    text = "\n".join(f"{key}: {value}" for key, value in header.items())
-    print(f"{text}\n")
-    for title, rows in tables:
-        print(f"{title}\n{as_text(rows, left=2, rule=False)}\n")
-    if options.markdown:
-        parts = [f"### {title}\n\n{as_markdown(rows)}" for title, rows in tables]
-        options.markdown.write_text("\n".join([f"```\n{text}\n```\n", *parts]))
-    if options.json:
-        options.json.write_text(json.dumps({"setting": header, **record}, indent=1) + "\n")
-
-
-@dataclass
-class Panel:
-    """A row of axes over one quantity: every line has x and as many ys as there are axes."""
-
-    title: str
-    xlabel: str
-    ylabels: tuple[str, ...]
-    lines: dict[str, tuple[list[float], ...]]
-
-
-def draw(panels: list[Panel], title: str, path: Path) -> None:
-    """Write a picture of logarithmic axes, a row for every panel."""
-    plt = import_matplotlib()
-    columns = len(panels[0].ylabels)
-    same = len({panel.xlabel for panel in panels}) == 1
-    size = (5.5 * columns, 4 * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, sharex=same, squeeze=False)
-    for row, panel in zip(axes, panels, strict=True):
-        for axis, label, number in zip(row, panel.ylabels, range(1, columns + 1), strict=True):
-            for name, line in panel.lines.items():
-                axis.plot(line[0], line[number], marker="o", label=name)
-            axis.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=label)
-            places = sorted({x for line in panel.lines.values() for x in line[0]})
-            axis.set_xticks(places, [f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in places])
-            axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:,g}")
-            for direction in (axis.xaxis, axis.yaxis):
-                direction.set_minor_formatter("")
-            axis.grid(alpha=0.3)
-        row[0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-
-
-def import_matplotlib():
-    """pyplot for files; called early, so that it's missed before anything is measured."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -1,0 +1,112 @@
+"""Measurements as tables, as files and as pictures."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.benchmarks.common import Measurement, by_curve
+from util.errors import UserError
+from util.tables import Rows, as_markdown, as_text
+
+Table = tuple[str, Rows]
+"""A title and what stands below it."""
+
+
+def table(title: str, found: Sequence[Measurement], columns: Mapping[str, str]) -> Table:
+    """A row for every measurement: what it was of, then a column for every template of `columns`, which is filled in
+    from the record and left empty where that lacks something."""
+    rows = [[*found[0].what, *columns]]
+    for m in found:
+        what = [f"{value:g}" if isinstance(value, float) else str(value) for value in m.what.values()]
+        cells = [m.note] if m.note else [_filled(template, m.record()) for template in columns.values()]
+        rows.append(what + cells + [""] * (len(columns) - len(cells)))
+    return title, rows
+
+
+def _filled(template: str, record: Mapping[str, object]) -> str:
+    try:
+        return template.format_map(record)
+    except KeyError:
+        return ""
+
+
+def report(
+    options: argparse.Namespace, header: Mapping[str, object], tables: Iterable[Table], found: Iterable[Measurement]
+) -> None:
+    """Print the header and the tables, and write what is asked for: them as --markdown, the header and all
+    measurements as --json."""
+    text = "\n".join(f"{key}: {value}" for key, value in header.items() if isinstance(value, str | int))
+    print(f"{text}\n")
+    for title, rows in tables:
+        print(f"{title}\n{as_text(rows, left=2, rule=False)}\n")
+    if options.markdown:
+        parts = [f"### {title}\n\n{as_markdown(rows)}" for title, rows in tables]
+        options.markdown.write_text("\n".join([f"```\n{text}\n```\n", *parts]))
+    if options.json:
+        record = {"setting": header, "measurements": [m.record() for m in found]}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+@dataclass
+class Panel:
+    """A row of axes over one quantity: every line has xs and as many lists of ys as there are axes."""
+
+    title: str
+    xlabel: str
+    ylabels: Sequence[str]
+    lines: dict[str, tuple[list[float], ...]]
+
+
+def panel(
+    title: str,
+    found: Iterable[Measurement],
+    xlabel: str,
+    x: Callable[[Measurement], float],
+    names: Mapping[str, str],
+) -> Panel:
+    """A line for every curve over `x`; `names` has the axes' labels and what they show, as records call it."""
+    lines = {}
+    for curve, points in by_curve(found).items():
+        points = sorted(points, key=x)
+        ys = ([m.record()[name] for m in points] for name in names.values())
+        lines[" ".join(curve)] = ([x(m) for m in points], *ys)
+    return Panel(title, xlabel, list(names), lines)
+
+
+def draw(panels: list[Panel], title: str, path: Path) -> None:
+    """Write a picture of logarithmic axes, a row for every panel."""
+    plt = import_matplotlib()
+    columns = len(panels[0].ylabels)
+    same = len({panel.xlabel for panel in panels}) == 1
+    size = (5.5 * columns, 4 * len(panels))
+    figure, axes = plt.subplots(len(panels), columns, figsize=size, sharex=same, squeeze=False)
+    for row, panel in zip(axes, panels, strict=True):
+        for axis, label, number in zip(row, panel.ylabels, range(1, columns + 1), strict=True):
+            for name, line in panel.lines.items():
+                axis.plot(line[0], line[number], marker="o", label=name)
+            axis.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=label)
+            places = sorted({x for line in panel.lines.values() for x in line[0]})
+            axis.set_xticks(places, [f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in places])
+            axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:,g}")
+            for direction in (axis.xaxis, axis.yaxis):
+                direction.set_minor_formatter("")
+            axis.grid(alpha=0.3)
+        row[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def import_matplotlib():
+    """pyplot for files; called early, so that it's missed before anything is measured."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,177 @@
+"""What `step` and `memory` measure: the networks in several variants, as training steps and as predictions."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine import parameter_groups
+from models import build_model
+from models.arch import create_model
+from models.arch.mamba import Mamba
+from models.dsrnet_model_sirs import DSRNetModel
+from models.scan import set_backend
+from options import train_parser
+from tools.inspection.costs import FORMULAS
+from util.errors import UserError
+
+PRECISIONS = ("fp32", "bf16")
+EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
+LOOP = "sequential"  # with the scan's plain loop over the pixels
+
+Images = list[Tensor]
+"""Mixtures, target transmissions and target reflections, (B, 3, H, W) each."""
+
+Work = Callable[[Images], object]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute a step."""
+
+    name: str
+
+    @property
+    def parts(self) -> set[str]:
+        return set(self.name.split("+"))
+
+    @property
+    def precision(self) -> str:
+        """Of the matrix products, "fp32" or "bf16"."""
+        return "bf16" if "bf16" in self.parts else "fp32"
+
+    @property
+    def is_plain(self) -> bool:
+        return self.name == "plain"
+
+    @property
+    def is_compiled(self) -> bool:
+        return bool(self.parts & {"compile", "graphs"})
+
+
+def check_variant(name: str, device: str, forward_only: bool) -> Variant:
+    """The variant of that name, if there is one and it can be had here."""
+    variant, parts = Variant(name), name.split("+")
+    known = set(parts) <= {*PRECISIONS, *EXTRAS, LOOP} and len(variant.parts) == len(parts)
+    if not variant.is_plain and not (known and len(variant.parts & set(PRECISIONS)) == 1):
+        raise UserError(
+            f"--variants {name}: no such variant; there are 'plain', and {' or '.join(PRECISIONS)} with any of "
+            f"{', '.join(EXTRAS)}, {LOOP}, such as bf16+compile+checkpoint"
+        )
+    if "graphs" in parts and device == "cpu":
+        raise UserError(f"--variants {name}: CUDA graphs need a GPU")
+    if forward_only and variant.parts & set(EXTRAS):
+        raise UserError(f"--variants {name}: {', '.join(EXTRAS)} change the training step, not --forward_only")
+    return variant
+
+
+def without_extras(variants: list[Variant]) -> list[Variant]:
+    """As they predict, each once."""
+    return [Variant(name) for name in dict.fromkeys(v.name if v.is_plain else v.precision for v in variants)]
+
+
+def has_mamba(name: str) -> bool:
+    with torch.device("meta"):
+        return any(isinstance(module, Mamba) for module in create_model(name).modules())
+
+
+class PlainModel(nn.Module):
+    """What a DSRNetModel does, with the network of tests/plain.py."""
+
+    def __init__(self, model: DSRNetModel):
+        super().__init__()
+        self.network = model.network.to(memory_format=torch.contiguous_format)
+        self.vgg, self.loss = model.vgg, model.loss
+
+    def forward(self, image: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
+        return self.loss(*self.predict(image), image, target_t, target_r)
+
+    def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from tests.plain import plain_forward
+
+        with torch.no_grad():
+            features = [f.contiguous() for f in self.vgg(image)]
+        return plain_forward(self.network, image, features)
+
+
+def build(name: str, variant: Variant, device: str) -> nn.Module:
+    """The model with random weights, on the device."""
+    extras = ["--checkpoint_activations"] if "checkpoint" in variant.parts else []
+    options = train_parser().parse_args([f"--inet={name}", "--vgg_weights=random", *extras])
+    model = build_model(options, bf16=variant.precision == "bf16")
+    for scale in (p for p in model.network.parameters() if p.shape[0] == 1 and p.dim() == 4):
+        nn.init.normal_(scale, std=0.1)  # at their initial 0 some gradients vanish
+    if variant.is_plain:
+        return PlainModel(model).to(device)
+    model.to(device)
+    if variant.is_compiled:
+        model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if "graphs" in variant.parts else None)
+    return model
+
+
+def training(name: str, variant: Variant, device: str) -> Work:
+    """A training step that keeps its weights and its optimiser's state, and nothing else, from call to call."""
+    model = build(name, variant, device)
+    settings = {} if variant.is_plain else {"fused": True}
+    optimizer = torch.optim.AdamW(parameter_groups(model.network, 1e-2), lr=1e-6, **settings)
+
+    def step(images: Images) -> None:
+        try:
+            sum(model(*images).values()).backward()
+            nn.utils.clip_grad_norm_(model.network.parameters(), math.inf)
+            optimizer.step()
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+
+    return with_scan(variant, step)
+
+
+def prediction(name: str, variant: Variant, device: str) -> Work:
+    """`predict` of the mixtures."""
+    model = build(name, variant, device).eval()
+    return with_scan(variant, torch.no_grad()(lambda images: model.predict(images[0])))
+
+
+def with_scan(variant: Variant, work: Work) -> Work:
+    """With the scan as the variant has it."""
+
+    def scanning(images: Images) -> None:
+        set_backend("reference" if LOOP in variant.parts else None)
+        try:
+            work(images)
+        finally:
+            set_backend(None)
+
+    return scanning
+
+
+def random_images(batch: int, size: int, device: str) -> Images:
+    return [torch.rand(batch, 3, size, size, device=device) for _ in range(3)]
+
+
+def count_flops(model: str, size: int, device: str, forward_only: bool) -> int | None:
+    """Floating-point operations of one image's step in fp32: those of products, convolutions and scans.
+
+    None where even that doesn't fit into memory.
+    """
+    formulas = FORMULAS | {torch.ops.aten.convolution_backward: _backward_flops}
+    try:
+        work = (prediction if forward_only else training)(model, Variant("fp32"), device)
+        images = random_images(1, size, device)
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            work(images)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return counter.get_total_flops()
+
+
+def _backward_flops(
+    grad_shape, x_shape, w_shape, _bias, _stride, _padding, _dilation, transposed, _out, _groups, mask, **_
+) -> int:
+    """Of a convolution: for each gradient as many as forward. torch's own formula takes the groups of a depthwise
+    one for a single group when it comes to the weights' gradient, and counts as many times too much as there are."""
+    forward = 2 * math.prod(w_shape) * grad_shape[0] * math.prod((x_shape if transposed else grad_shape)[2:])
+    return forward * sum(mask[:2])
