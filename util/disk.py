@@ -79,6 +79,18 @@ def free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def changed_at(path: Path) -> int | None:
+    """When a file was last changed, in nanoseconds; None where there is no such file.
+
+    The file is opened for that: network file systems remember the time of a closed file for a while.
+    """
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

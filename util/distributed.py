@@ -1,4 +1,4 @@
-"""One process or several: the device of this one, and what the processes tell each other."""
+"""One process or several: how they start, exchange values and notice that one of them is lost."""
 
 import contextlib
 import os
@@ -13,18 +13,19 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from util import disk
 from util.device import choose_device
 from util.errors import UserError
 
-_PATIENCE = timedelta(minutes=20)  # for a process that lives but doesn't come: one may be compiling, or writing slowly
+_PATIENCE = timedelta(minutes=20)  # waits for a process that is alive but late: it may compile, or write slowly
 _BEAT = 5.0  # seconds between two signs of life
-_MISSED = 9  # of another process, in a row, until it counts as lost
+_MISSED = 9  # beats in a row that another process misses until it counts as lost
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among all."""
+    """The device and the rank of this process, and the number of all processes."""
 
     device: torch.device
     rank: int = 0
@@ -32,11 +33,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
     def gather(self, values: list) -> list:
-        """The lists of all processes, one after the other, in every process."""
+        """Join the lists of all processes; every process gets the result."""
         if self.size == 1:
             return values
         parts: list[list] = [[] for _ in range(self.size)]
@@ -44,7 +45,7 @@ class World:
         return [value for part in parts for value in part]
 
     def share(self, value: object) -> object:
-        """The main process's value, in every process."""
+        """The value that the main process passes; every process gets it."""
         if self.size == 1:
             return value
         box = [value]
@@ -52,7 +53,7 @@ class World:
         return box[0]
 
     def from_main(self, call: Callable[[], T]) -> T:
-        """What a call returns, or the UserError that it raises, in the main process only; in every process."""
+        """Call a function in the main process only; every process gets its result, or the UserError that it raises."""
         outcome: T | UserError | None = None
         if self.is_main:
             try:
@@ -86,10 +87,10 @@ class World:
 
     @contextlib.contextmanager
     def watched(self, folder: Path) -> Iterator[None]:
-        """Within the context, end this process when another one shows no life any more: it is stopped, or its machine.
+        """In this context, end this process when another one no longer shows signs of life.
 
         Args:
-            folder: that all processes share; each one touches a file of its own there.
+            folder: one that all processes share; each touches a file of its own there.
         """
         if self.size == 1:
             yield
@@ -113,13 +114,13 @@ class World:
 
 
 def join(gpu_ids: list[int] | None) -> World:
-    """This process's device and rank; joins the others where torchrun started several.
+    """The device and rank of this process; joins the other processes if torchrun has started several.
 
     Args:
-        gpu_ids: --gpu_ids; None takes what there is, an empty list the CPU.
+        gpu_ids: as of `choose_device`.
 
     Raises:
-        UserError: a GPU is asked for that isn't there, or several without torchrun.
+        UserError: as `choose_device`.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -132,17 +133,17 @@ def join(gpu_ids: list[int] | None) -> World:
 
 
 def _watch(files: list[Path], rank: int, over: threading.Event) -> None:
-    """Touch the file of this rank, look at the others', and end this process when one of them stands still.
+    """Touch the file of this rank, look at the other ranks' files, and end this process when one stops changing.
 
-    Counted are missed beats, not seconds: those of a job that is suspended as a whole stand still, too. Nobody is
-    missed after the last sign of life, when the file goes.
+    Counted are missed beats, not seconds: when a job is suspended as a whole, no process counts as lost. A process that
+    ends normally removes its file, and isn't missed.
     """
-    seen = [_touched(file) for file in files]
+    seen = [disk.changed_at(file) for file in files]
     missed = [0] * len(files)
     while not over.wait(_BEAT):
         _touch(files[rank])
         for other, file in enumerate(files):
-            before, seen[other] = seen[other], _touched(file)
+            before, seen[other] = seen[other], disk.changed_at(file)
             missed[other] = missed[other] + 1 if seen[other] is not None and seen[other] == before else 0
             if other != rank and missed[other] == _MISSED:
                 _end(other, rank)
@@ -150,21 +151,12 @@ def _watch(files: list[Path], rank: int, over: threading.Event) -> None:
 
 
 def _touch(file: Path) -> None:
-    with contextlib.suppress(OSError):  # such as a full disk: the training will meet it, too
+    with contextlib.suppress(OSError):  # such as a full disk, which the training itself will report
         file.touch()
 
 
-def _touched(file: Path) -> int | None:
-    """When, in nanoseconds; None where there is no such file. Opened, lest a network file system tell old news."""
-    try:
-        with file.open("rb") as opened:
-            return os.fstat(opened.fileno()).st_mtime_ns
-    except OSError:
-        return None
-
-
 def _end(lost: int, rank: int) -> None:
-    """At once: the main thread may be waiting for what never comes."""
+    """End the process at once: the main thread may be waiting for the lost process."""
     print(
         f"error: the process of rank {lost} has shown no life for {_BEAT * _MISSED:g} s; rank {rank} ends, too "
         "(torchrun --max-restarts starts all again, and --resume auto goes on from the last checkpoint)",

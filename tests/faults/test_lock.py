@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from util.run.lock import Lock
 def hasty(monkeypatch):
     """Signs of life every tenth of a second, gone after half a second without one."""
     monkeypatch.setattr(lock, "_BEAT", 0.1)
-    monkeypatch.setattr(lock, "_PATIENCE", 0.5)
+    monkeypatch.setattr(lock, "_PATIENCE", 5)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def without_flock(monkeypatch):
 
 
 def forget(line: str) -> None:
-    """Somebody who needn't be told."""
+    """A log that nobody reads."""
 
 
 def leave(folder, host: str = socket.gethostname(), pid: int = 2**22 + 1) -> None:
@@ -105,6 +106,43 @@ def test_one_of_another_machine_counts_while_it_shows_signs_of_life(tmp_path, ha
     with Lock(tmp_path) as ours:
         ours.acquire(lines.append)
         assert len(lines) == 1 and "elsewhere" in lines[0]
+
+
+def test_it_waits_again_when_it_was_itself_suspended(tmp_path, hasty, monkeypatch):
+    """A job on two machines is suspended as a whole for longer than the patience, and goes on."""
+    leave(tmp_path, "elsewhere", 1)
+    path, naps = tmp_path / "lock", []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        pause(0.7 if len(naps) == 1 else seconds)
+        if len(naps) == 5:
+            os.utime(path)
+
+    pause = time.sleep
+    monkeypatch.setattr(lock.time, "sleep", sleep)
+    with Lock(tmp_path) as ours, pytest.raises(UserError, match="process 1 on elsewhere"):
+        ours.acquire(forget)
+
+
+def test_a_suspended_process_keeps_it(tmp_path, hasty):
+    """However long it shows no sign of life."""
+    ready, held = os.pipe()
+    pid = os.fork()
+    if not pid:
+        Lock(tmp_path).acquire(forget)
+        os.write(held, b".")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.7)
+        with Lock(tmp_path) as other, pytest.raises(UserError, match=f"process {pid} "):
+            other.acquire(forget)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_the_last_of_two_machines_without_a_common_flock_has_it(tmp_path, without_flock):

@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""At most one process at a time in a run's folder."""
 
 import fcntl
 import json
@@ -17,16 +17,18 @@ from util import disk
 from util.errors import UserError
 
 _BEAT = 10.0  # seconds between two signs of life
-_PATIENCE = 60.0  # seconds without one, after which a process of another machine counts as gone
+_PATIENCE = 6  # beats without one until a process of another machine counts as gone
+_LOOKS = 10  # at the file in one beat
 
 
 class Lock:
     """The right to write into a folder, from `acquire` until the end of the context or of the process.
 
-    It is a file `lock` that says whose it is, and that is held by flock. So it is free when the process ends, however
-    that happens. Some network file systems have no flock, or one that other machines don't see. There, what the file
-    says counts: a process of this machine is looked up, and one of another machine must show a sign of life within a
-    minute, a change of the file's time. Clocks of two machines are never compared.
+    The lock is a file `lock`, which names its owner and is held by flock. So it is free when the process ends, however
+    that happens, and a process that is only suspended keeps it. Some network file systems have no flock, or one that
+    other machines don't see. There, the owner named in the file counts. A process of this machine is looked up. A
+    process of another machine must show a sign of life, a change of the file's time, every minute. The clocks of two
+    machines are never compared.
     """
 
     def __init__(self, folder: Path):
@@ -35,18 +37,19 @@ class Lock:
         self._file: TextIO | None = None
         self._released = threading.Event()
 
-    def acquire(self, say: Callable[[str], None]) -> None:
-        """Take it; `say` is told when it is taken over from a process that is gone.
+    def acquire(self, log: Callable[[str], None]) -> None:
+        """Take the lock; `log` gets a line when its last owner is gone without having released it.
 
         Raises:
-            UserError: another process has it, or the file can't be written.
+            UserError: another process has the lock, or the file can't be written.
         """
         with disk.writing(self.path):
-            self._file = self._take(say)
+            self._file = self._take(log)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def confirm(self) -> None:
-        """Look again, some time after `acquire`: of two machines without a common flock, the last one has it.
+        """Check the owner again, some time after `acquire`: of two machines without a common flock, the last one to
+        write the file has the lock.
 
         Raises:
             UserError: another process has it.
@@ -63,13 +66,13 @@ class Lock:
         if self._file is None:
             return
         self._released.set()
-        with suppress(OSError):  # the disk may be read-only by now; the process's end leaves it to others, too
+        with suppress(OSError):  # the disk may be read-only by now; the lock is free all the same when the process ends
             if self._owner() == self._me:
                 self.path.unlink()
-            self.path.parent.rmdir()  # only if nothing has come to be in it
+            self.path.parent.rmdir()  # fails unless the folder is empty
         self._file.close()
 
-    def _take(self, say: Callable[[str], None]) -> TextIO:
+    def _take(self, log: Callable[[str], None]) -> TextIO:
         while True:
             file = self.path.open("a+", encoding="utf-8")
             held = _hold(file)
@@ -79,46 +82,41 @@ class Lock:
                 raise self._refusal(owner)
             if self._is_current(file):
                 break
-            file.close()  # it was released, and with that removed, after it was opened
+            file.close()  # the owner has released and removed it since it was opened
         if owner:
-            say(f"{self.path}: taken over from {_name(owner)}, which is gone")
+            log(f"{self.path}: taken over from {_name(owner)}, which is gone")
         file.truncate(0)
         file.write(json.dumps(self._me))
         file.flush()
         return file
 
     def _is_alive(self, owner: dict, held: bool | None) -> bool:
-        """Whether there is the process that the file names, which doesn't hold it by a flock that is seen here."""
+        """Whether the process that the file names is alive, although no flock of it is seen here."""
         if owner["host"] == self._me["host"] and (held or not _runs(owner["pid"])):
             return False
-        with suppress(FileNotFoundError):  # it has been released meanwhile
-            before, deadline = self._touched(), time.monotonic() + _PATIENCE
-            while time.monotonic() < deadline:
-                time.sleep(_BEAT / 10)
-                if self._touched() != before:
-                    return True
+        before = disk.changed_at(self.path)
+        # Counted are looks at the file, not seconds: this process may itself be suspended for a while.
+        for _ in range(_PATIENCE * _LOOKS):
+            time.sleep(_BEAT / _LOOKS)
+            if (now := disk.changed_at(self.path)) != before:
+                return now is not None  # without the file, the lock has just been released
         return False
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):
-            with suppress(OSError):  # what is wrong with the disk, the next checkpoint will tell
+            with suppress(OSError):  # the next checkpoint will report what is wrong with the disk
                 os.utime(self._file.fileno())
 
     def _owner(self) -> dict:
-        """What the file says; nothing where it has just been made."""
+        """The owner that the file names; empty if the file is new or unreadable."""
         try:
             owner = json.loads(self.path.read_bytes())
             return owner if owner.keys() >= self._me.keys() else {}
         except (FileNotFoundError, ValueError, AttributeError):
             return {}
 
-    def _touched(self) -> int:
-        """The file's time; opened, as network file systems remember that of a closed one for a while."""
-        with self.path.open() as file:
-            return os.fstat(file.fileno()).st_mtime_ns
-
     def _is_current(self, file: TextIO) -> bool:
-        """Whether an open file still is what its name stands for."""
+        """Whether the path still leads to this open file."""
         return self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat())
 
     def _refusal(self, owner: dict) -> UserError:
@@ -127,7 +125,7 @@ class Lock:
 
 
 def _hold(file: TextIO) -> bool | None:
-    """Whether this process now holds a file that others can't; None where the file system has no such thing."""
+    """Try to take the flock; whether this process has it now, or None where the file system has no flock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -138,6 +136,7 @@ def _hold(file: TextIO) -> bool | None:
 
 
 def _runs(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -148,5 +147,6 @@ def _runs(pid: int) -> bool:
 
 
 def _name(owner: dict) -> str:
+    """The owner in words."""
     age = timedelta(seconds=max(0, round(time.time() - owner["since"])))
     return f"process {owner['pid']} on {owner['host']}, there for {age},"
