@@ -239,8 +239,6 @@ def _check_vgg_weights(parser: argparse.ArgumentParser, options: argparse.Namesp
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Combinations that cannot work."""
-    if options.crop_size % 16:
-        parser.error(f"--crop_size {options.crop_size}: must be a multiple of 16")
     if options.max_scale < 1:
         parser.error(f"--max_scale {options.max_scale:g}: must be at least 1, as a crop has to fit in")
     if sum(options.mix) == 0:

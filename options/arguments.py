@@ -196,7 +196,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
                             "where that is missing, a small demo set is made)")  # fmt: skip
     group.add_argument("--dataset", type=module_of("data"), default="sirs_dataset", metavar="MODULE",
                        help="file of data/ with the datasets (classes TrainSet and TestSet)")  # fmt: skip
-    group.add_argument("--crop_size", type=positive_int, default=224, metavar="PIXELS",
+    group.add_argument("--crop_size", type=sixteens, default=224, metavar="PIXELS",
                        help="side of the training crops, a multiple of 16")  # fmt: skip
     group.add_argument("--max_scale", type=natural_float, default=2.0, metavar="CROPS",
                        help="training images are scaled at random so that their short side is one crop to so many, "
