@@ -1,64 +1,49 @@
 """Archives from anywhere: nothing in them can get out of the folder, be a link, or fill the disk."""
 
-import shutil
 import stat
 import tarfile
+import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from util.errors import UserError
 from util.progress import track
 
 _MOST_FILES = 1_000_000
-_CHUNK = 1 << 20
 _MOST_HEADER = 1 << 20  # bytes of a name or of a PAX header, which tarfile would read into memory whatever they are
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
 
-
-@dataclass
-class Member:
-    """A file or folder of an archive.
-
-    Attributes:
-        name: as the archive has it.
-        size: in bytes, unpacked.
-        kind: "file", "folder", or what else it is, in words.
-        open: its content.
-    """
-
-    name: str
-    size: int
-    kind: str
-    open: Callable[[], IO[bytes]]
+Archive = zipfile.ZipFile | tarfile.TarFile
+Info = zipfile.ZipInfo | tarfile.TarInfo
 
 
 def unpack(archive: Path, folder: Path, limit: int) -> None:
-    """Unpack a zip or tar archive. All its names are looked at before anything is written.
+    """Unpack a zip or tar archive.
+
+    All names and sizes are checked before anything is written, and the files move into the folder when all of them
+    are unpacked. A tar archive also passes the standard library's filter "data".
 
     Args:
         archive: the file.
         folder: made if missing; files that are there already are not touched.
-        limit: bytes that its content may have.
+        limit: the most bytes that its content may have.
 
     Raises:
         UserError: it is no archive, damaged, or has something that it should not have.
     """
+    if not archive.is_file():
+        raise UserError(f"{archive}: there is no such file")
     try:
-        with _members(archive) as members:
-            files = _checked(members(), archive, folder, limit)
-        with _members(archive) as members:
-            _extract(members(), folder, len(files))
+        with _open(archive) as opened:
+            files = _check(opened, archive, folder, limit)
+            _extract(opened, files, folder)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{archive}: cannot be unpacked into {folder}: {error}") from error
-    except _DAMAGE as error:
+    except Exception as error:  # on a damaged archive the readers raise nearly anything
         raise UserError(f"{archive}: damaged, or of a kind that can't be read ({error})") from error
     print(f"{folder}: {len(files)} files")
-    _say_where(files, folder)
+    _print_base_dirs(files, folder)
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -68,100 +53,73 @@ class _TarInfo(tarfile.TarInfo):
         return super()._proc_member(archive)
 
 
-@contextmanager
-def _members(archive: Path) -> Iterator[Callable[[], Iterable[Member]]]:
-    """An archive opened: a function that goes through its members."""
-    if not archive.is_file():
-        raise UserError(f"{archive}: there is no such file")
+def _open(archive: Path) -> Archive:
     if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            yield lambda: _zip_members(opened)
-        return
+        return zipfile.ZipFile(archive)
     try:
-        opened = tarfile.open(archive, tarinfo=_TarInfo)  # noqa: SIM115 - closed below
+        opened = tarfile.open(archive, tarinfo=_TarInfo)  # noqa: SIM115 - closed by the caller
     except tarfile.TarError as error:
         raise UserError(f"{archive}: neither a zip nor a tar archive, or not all of it") from error
-    with opened:
-        yield lambda: _tar_members(opened)
+    opened.extraction_filter = getattr(tarfile, "data_filter", None)  # None: a Python from before June 2023
+    return opened
 
 
-def _zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
-    for info in archive.infolist():
-        mode = info.external_attr >> 16
-        kind = "folder" if info.is_dir() else "file"
-        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            kind = "link" if stat.S_ISLNK(mode) else "special file"
-        elif info.flag_bits & 1:
-            kind = "file with a password"
-        yield Member(info.filename, info.file_size, kind, lambda info=info: archive.open(info))
-
-
-def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
-    for info in archive:
-        kind = "special file"
-        if info.isdir():
-            kind = "folder"
-        elif info.issym() or info.islnk():
-            kind = "link"
-        elif info.isreg() and not info.issparse():
-            kind = "file"
-        yield Member(info.name, info.size, kind, lambda info=info: archive.extractfile(info))
-
-
-def _checked(members: Iterable[Member], archive: Path, folder: Path, limit: int) -> list[PurePosixPath]:
-    """The names of all files, once nothing is wrong with any member."""
-    files: set[PurePosixPath] = set()
+def _check(opened: Archive, archive: Path, folder: Path, limit: int) -> dict[PurePosixPath, Info]:
+    """All files by their path below the folder, once nothing is wrong with any member."""
+    files: dict[PurePosixPath, Info] = {}
     total = 0
-    for member in members:
-        name = _inside(member.name, archive)
-        if member.kind == "folder":
+    for info in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
+        name, size, kind = _describe(info)
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):  # on this system or another
+            raise UserError(f"{archive}: {name!r} is not a name within a folder; nothing has been unpacked")
+        if kind == "folder":
             continue
-        if not name.parts:
+        if not path.parts:
             raise UserError(f"{archive}: has a file without a name")
-        if member.kind != "file":
-            raise UserError(f"{archive}: {member.name!r} is a {member.kind}; only files and folders are unpacked")
-        if name in files:
-            raise UserError(f"{archive}: has two files named {member.name!r}")
-        files.add(name)
-        total += member.size
+        if kind != "file":
+            raise UserError(f"{archive}: {name!r} is a {kind}; only files and folders are unpacked")
+        if path in files:
+            raise UserError(f"{archive}: has two files named {name!r}")
+        files[path] = info
+        total += size
         if total > limit or len(files) > _MOST_FILES:
             raise UserError(f"{archive}: holds more than {limit / 1e9:g} GB or {_MOST_FILES:,} files; see --max_gb")
-        if (folder / name).exists():
-            raise UserError(f"{folder / name}: is there already; move it away, or unpack into another folder")
-    return sorted(files)
+        if (folder / path).exists():
+            raise UserError(f"{folder / path}: is there already; move it away, or unpack into another folder")
+    return files
 
 
-def _inside(name: str, archive: Path) -> PurePosixPath:
-    """A member's path below the folder.
-
-    Raises:
-        UserError: it would be outside, on this system or another.
-    """
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise UserError(f"{archive}: {name!r} is not a name within a folder; nothing has been unpacked")
-    return path
-
-
-def _extract(members: Iterable[Member], folder: Path, count: int) -> None:
-    files = (member for member in members if member.kind == "file")
-    for member in track(files, "unpacking", count):
-        target = folder / member.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".part")
-        try:
-            with member.open() as source, partial.open("xb") as file:
-                shutil.copyfileobj(source, file, _CHUNK)
-            partial.rename(target)
-        finally:
-            partial.unlink(missing_ok=True)
+def _describe(info: Info) -> tuple[str, int, str]:
+    """A member's name, its size in bytes, and whether it is a "file", a "folder", a "link" or a "special file"."""
+    if isinstance(info, tarfile.TarInfo):
+        is_file, is_folder, is_link = info.isreg() and not info.issparse(), info.isdir(), info.issym() or info.islnk()
+        name, size = info.name, info.size
+    else:
+        mode = stat.S_IFMT(info.external_attr >> 16)
+        is_file, is_folder = mode in (0, stat.S_IFREG), info.is_dir() and mode in (0, stat.S_IFDIR)
+        is_link = stat.S_ISLNK(mode)
+        name, size = info.filename, info.file_size
+    kinds = {"folder": is_folder, "link": is_link, "file": is_file, "special file": True}
+    return name, size, next(kind for kind, holds in kinds.items() if holds)
 
 
-def _say_where(files: list[PurePosixPath], folder: Path) -> None:
-    """Which --base_dir it makes: archives often have all of it in a folder."""
-    bases = {folder.joinpath(*path.parts[:i]) for path in files for i in (0, 1, 2) if path.parts[i:][:1] == ("train",)}
-    bases = bases or {
-        folder.joinpath(*path.parts[:i]) for path in files for i in (0, 1, 2) if path.parts[i:][:1] == ("test",)
-    }
-    for base in sorted(bases):
-        print(f"data to train or test on: --base_dir {base}")
+def _extract(opened: Archive, files: dict[PurePosixPath, Info], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as name:
+        unpacked = Path(name)
+        for info in track(files.values(), "unpacking", len(files)):
+            opened.extract(info, unpacked)
+        for path in files:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (unpacked / path).rename(folder / path)
+
+
+def _print_base_dirs(files: dict[PurePosixPath, Info], folder: Path) -> None:
+    """Print which --base_dir the files make, at most two folders deep: archives often have all of it in a folder."""
+    for layer in ("train", "test"):
+        depths = [(path, depth) for path in files for depth in range(3) if path.parts[depth : depth + 1] == (layer,)]
+        for base in sorted({folder.joinpath(*path.parts[:depth]) for path, depth in depths}):
+            print(f"data to train or test on: --base_dir {base}")
+        if depths:
+            return
