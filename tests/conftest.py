@@ -10,6 +10,7 @@ import torch
 from data.demo import build_demo
 from tests.golden.fill import fill
 from util.images import read_image, write_image
+from util.stability import Guard
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -31,6 +32,15 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset") / "demo"
     build_demo(folder)
     return folder
+
+
+@pytest.fixture
+def quick_guard(monkeypatch):
+    """A guard that judges, and loses patience, within a few steps."""
+    monkeypatch.setattr(Guard, "WARM_UP", 2)
+    monkeypatch.setattr(Guard, "WINDOW", 4)
+    monkeypatch.setattr(Guard, "PATIENCE", 2)
+    monkeypatch.setattr(Guard, "MOST_RETURNS", 1)
 
 
 def children_seconds() -> float:

@@ -20,59 +20,22 @@ from data import build_loaders, build_test_loaders, build_train_loader, build_va
 from data.sampling import EpochSampler, generator
 from data.sirs_dataset import TestSet, TrainSet
 from data.transforms import Augmentation, augment, scaled_size
-from options import parse_train
+from tests.helpers import PHOTOGRAPHS, ROOT, assert_same, batches, loader_of, options_for, write_noise, write_pairs
 from util.distributed import World
 from util.errors import UserError
 from util.images import read_rgb
-
-ROOT = Path(__file__).parent.parent
-PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
-
-
-def write(path: Path, seed: int, width: int = 28, height: int = 20) -> None:
-    """A small image of smoothed noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(path)
-
-
-def write_pairs(folder: Path, names, layers=("blended", "transmission_layer"), **size) -> None:
-    for i, name in enumerate(names):
-        for j, layer in enumerate(layers):
-            write(folder / layer / f"{name}.png", 100 * i + j, **size)
 
 
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A whole small data set: 8 photographs, 5 real and 4 nature pairs, two test sets."""
     for i in range(8):
-        write(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=30 - i)
+        write_noise(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=30 - i)
     write_pairs(tmp_path / "train/real", [f"r{i}" for i in range(5)])
     write_pairs(tmp_path / "train/nature", [f"n{i}" for i in range(4)])
     write_pairs(tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer"))
     write_pairs(tmp_path / "test/real20_420", ["3", "4", "9"], width=70, height=50)
     return tmp_path
-
-
-def options_for(base: Path, *more: str):
-    return parse_train(["--base_dir", str(base), "--crop_size", "16", "--nThreads", "0", *map(str, more)])
-
-
-def loader_of(base: Path, *more: str):
-    options = options_for(base, *more)
-    return build_train_loader(options, discover(options))
-
-
-def batches(loader, epoch: int = 0, step: int = 0) -> list[dict]:
-    loader.batch_sampler.seek(epoch, step)
-    return list(loader)
-
-
-def assert_same(ours: list[dict], theirs: list[dict]) -> None:
-    assert [batch["name"] for batch in ours] == [batch["name"] for batch in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
-        for key in ("mixture", "target_t", "target_r"):
-            assert torch.equal(mine[key], other[key])
 
 
 class TestFolders:
@@ -169,11 +132,11 @@ class TestFolders:
         (base / "train/real/blended/r0.png").unlink()
         (base / "test/real20_420/transmission_layer/3.png").unlink()
         (base / "test/SIR2/PostcardDataset/reflection_layer/a.png").unlink()
-        write(base / "train/nature/transmission_layer/n1.png", 1, width=27)
+        write_noise(base / "train/nature/transmission_layer/n1.png", 1, width=27)
         (base / PHOTOGRAPHS / "photo3.png").write_bytes(b"junk")
         truncated = base / "test/real20_420/blended/9.png"
         truncated.write_bytes(truncated.read_bytes()[:-40])
-        write(base / "train/real/blended/r3.bmp", 0)
+        write_noise(base / "train/real/blended/r3.bmp", 0)
         with pytest.raises(UserError) as error:
             discover(options_for(base))
         lines = str(error.value).splitlines()
@@ -193,7 +156,7 @@ class TestFolders:
 
     def test_a_long_list_of_trouble_is_cut(self, base):
         for i in range(70):
-            write(base / f"train/real/blended/alone{i}.png", i)
+            write_noise(base / f"train/real/blended/alone{i}.png", i)
         with pytest.raises(UserError) as error:
             discover(options_for(base))
         lines = str(error.value).splitlines()
@@ -344,7 +307,7 @@ class TestTrainSet:
 
     def test_both_images_of_a_pair_are_treated_alike(self, tmp_path):
         for layer in ("blended", "transmission_layer"):
-            write(tmp_path / "train/real" / layer / "a.png", 3, width=40, height=33)
+            write_noise(tmp_path / "train/real" / layer / "a.png", 3, width=40, height=33)
         dataset = TrainSet(options_for(tmp_path), discover(options_for(tmp_path)))
         for i in range(20):
             sample = dataset[0, i]
@@ -364,7 +327,7 @@ class TestTrainSet:
         assert [dataset[0, i]["name"] for i in range(7)] == [f"real/r{i % 5}" for i in range(7)]
 
     def test_photographs_are_halved_anew_every_epoch(self, base):
-        write(base / PHOTOGRAPHS / "photo8.png", 8)  # of an odd number one rests
+        write_noise(base / PHOTOGRAPHS / "photo8.png", 8)  # of an odd number one rests
         options = options_for(base, "--mix", 1, 0, 0)
         dataset = TrainSet(options, discover(options))
         assert len(dataset) == 4

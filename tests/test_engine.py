@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import Diverged, learning_rate, parameter_groups
 from models.arch import create_model
 from options import parse_train, train_parser
+from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
 from tools import replay
 from train_sirs import train
 from util import program
@@ -30,36 +30,7 @@ from util.run import checkpoint
 from util.run.reader import read_metrics, table
 from util.run.record import Record
 
-ROOT = Path(__file__).parent.parent
 SETS = {"val", "demo_clip", "demo_screen", "average"}
-
-
-def arguments(data_folder: Path, runs: Path, *more: str) -> list[str]:
-    """A run of a few tiny steps."""
-    fixed = "--gpu_ids -1 --crop_size 32 --vgg_weights random --epoch_size 4 --nThreads 0 "
-    fixed += f"--val_split 0.2 --panels 1 --log_every 2 --base_dir {data_folder} --checkpoints_dir {runs}"
-    return [*fixed.split(), "--comment", "a test", *more]
-
-
-def run(data_folder: Path, runs: Path, *more: str) -> tuple[int, Path]:
-    options = parse_train(arguments(data_folder, runs, *more))
-    return train(options), runs / options.name
-
-
-def state_of(folder: Path) -> dict:
-    """What a run's last checkpoint holds, but for the options, which have the run's name."""
-    return {key: value for key, value in checkpoint.load(folder / "last.pt").items() if key != "options"}
-
-
-def same(a, b) -> bool:
-    """Whether two states are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +137,6 @@ def test_resuming_with_another_batch_goes_on_at_the_same_sample(finished, tiny_d
 def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "train_sirs.py", *arguments(data_folder, runs, *more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_writes(path: Path, process: subprocess.Popen, count: int, seconds: float = 120) -> None:
-    """Wait until a file has been replaced so many times."""
-    seen = set()
-    deadline = time.monotonic() + seconds
-    while len(seen) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
-        if path.exists():
-            seen.add(path.stat().st_ino)
-        time.sleep(0.002)
 
 
 def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(tiny_data, tmp_path):

@@ -30,7 +30,7 @@ COMMENT = "</script><script>alert(1)</script> <!-- \u2028 & ' \" -->"
 @pytest.fixture(scope="module")
 def finished(tiny_data, tmp_path_factory) -> Path:
     """A run of two tiny epochs with a comment that means harm; its data has names that do."""
-    from tests.test_engine import run
+    from tests.helpers import run
 
     data = tmp_path_factory.mktemp("data") / "data"
     shutil.copytree(tiny_data, data)

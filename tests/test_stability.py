@@ -10,7 +10,7 @@ import torch
 import engine
 from models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.fused import gate_project_add
-from tests.test_engine import run, same, state_of
+from tests.helpers import poison, run, same, state_of
 from util.run import checkpoint
 from util.run.reader import read_metrics
 from util.stability import Guard, Verdict
@@ -74,42 +74,6 @@ def test_its_state_is_all_it_knows():
         twin.judge(101 + i, n) for i, n in enumerate(norms)
     ]
     assert guard == twin
-
-
-class Poisoned(torch.autograd.Function):
-    """The identity, with a gradient so many times as large."""
-
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
-@pytest.fixture
-def quick_guard(monkeypatch):
-    monkeypatch.setattr(Guard, "WARM_UP", 2)
-    monkeypatch.setattr(Guard, "WINDOW", 4)
-    monkeypatch.setattr(Guard, "PATIENCE", 2)
-    monkeypatch.setattr(Guard, "MOST_RETURNS", 1)
-
-
-def poison(monkeypatch, factors: dict[int, float]) -> None:
-    """Multiply the gradients, or with NaN the losses, of these steps."""
-    from models.losses import ReflectionLoss
-
-    calls = iter(range(1000))
-    plain = ReflectionLoss.forward
-
-    def forward(self, transmission, *others):
-        factor = factors.get(next(calls), 1.0)
-        transmission = transmission * factor if math.isnan(factor) else Poisoned.apply(transmission, factor)
-        return plain(self, transmission, *others)
-
-    monkeypatch.setattr(ReflectionLoss, "forward", forward)
 
 
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "10", "--save_steps", "1", "--lr", "1e-4", "--guard", "--ema", "0.9")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import models.arch
 from options import parse_train
-from tests.test_engine import arguments
+from tests.helpers import arguments
 from train_sirs import train
 
 RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "0.9", "--guard", "--save_every", "1")

@@ -14,7 +14,7 @@ import torch
 
 from models.arch import create_model
 from tests.faults.small import outcome, train_small
-from tests.test_engine import arguments, same
+from tests.helpers import arguments, same
 from tools import evaluate, infer, replay
 from train_sirs import main
 from util import program

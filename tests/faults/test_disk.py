@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.faults.small import outcome, train_small
-from tests.test_engine import arguments, same
+from tests.helpers import arguments, same
 from train_sirs import main
 from util import disk, program
 from util.errors import UserError

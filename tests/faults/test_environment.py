@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from tests.test_engine import arguments, run, same, state_of
+from tests.helpers import arguments, run, same, state_of
 from util.run.reader import read_run
 
 ROOT = Path(__file__).resolve().parents[2]

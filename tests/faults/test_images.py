@@ -16,7 +16,7 @@ from PIL import Image
 from data import discover
 from models.separator import Separator
 from options import parse_train
-from tests.test_data import write, write_pairs
+from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
 from tests.test_infer import Local
 from tools import infer, prepare_data
 from util.errors import UserError
@@ -24,7 +24,6 @@ from util.images import check_image, opened, read_image, read_rgb
 from util.photographs import read_photograph
 
 MIB = 2**20
-PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
 PAIRS = "train/real/blended"
 TEST = "test/mine/blended"
 READERS = (check_image, read_image, read_rgb, lambda path: read_rgb(path, least=16), read_photograph)
@@ -162,7 +161,7 @@ def escaped(name: str) -> str:
 def base(tmp_path) -> Path:
     """A small data set in which nothing is wrong."""
     for i in range(6):
-        write(tmp_path / PHOTOGRAPHS / f"{i}.png", i, 40, 30)
+        write_noise(tmp_path / PHOTOGRAPHS / f"{i}.png", i, 40, 30)
     write_pairs(tmp_path / "train/real", "abcd", width=40, height=30)
     write_pairs(tmp_path / "test/mine", "xy", width=40, height=30)
     return tmp_path
@@ -219,8 +218,8 @@ def test_troubles_are_left_out_where_the_option_says_so(base, place):
 def test_a_pair_is_left_out_as_a_whole(base):
     (base / "test/mine/transmission_layer/x.png").write_bytes(b"")
     (base / "test/mine/blended/alone.png").write_bytes(picture("PNG"))
-    write(base / "test/mine/blended/y.bmp", 1, 40, 30)
-    write(base / "train/real/transmission_layer/b.png", 1, 30, 40)
+    write_noise(base / "test/mine/blended/y.bmp", 1, 40, 30)
+    write_noise(base / "train/real/transmission_layer/b.png", 1, 30, 40)
     sets = discover(options_for(base, "--skip_bad_images"))
     assert sets.tests == {} and [pair.name for pair in sets.pairs["real"]] == ["a", "c", "d"]
     assert len(sets.left_out) == 4

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.faults.small import outcome
-from tests.test_engine import ROOT, same
+from tests.helpers import ROOT, same
 
 KILLS = 60
 

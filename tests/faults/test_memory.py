@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from models.dsrnet_model_sirs import DSRNetModel
-from tests.faults.test_signals import at_call
-from tests.test_engine import arguments, run, same, state_of
+from tests.helpers import arguments, at_call, run, same, state_of
 from util.device import enough_memory
 from util.errors import UserError
 from util.run import checkpoint

@@ -7,9 +7,7 @@ import torch
 
 import engine
 from data.sirs_dataset import TrainSet
-from tests.faults.test_signals import at_call
-from tests.test_engine import run
-from tests.test_stability import poison, quick_guard  # noqa: F401 - a fixture
+from tests.helpers import at_call, poison, run
 from tools import replay
 from util import program
 from util.errors import UserError
@@ -93,7 +91,7 @@ def test_with_accumulation_all_batches_of_the_step_are_saved(tiny_data, tmp_path
 
 
 @pytest.mark.parametrize("kind", SPOIL)
-def test_with_the_guard_the_run_goes_on(kind, tiny_data, tmp_path, monkeypatch, capsys, quick_guard):  # noqa: F811
+def test_with_the_guard_the_run_goes_on(kind, tiny_data, tmp_path, monkeypatch, capsys, quick_guard):
     SPOIL[kind](monkeypatch)
     status, folder = run(tiny_data, tmp_path, *SETTINGS, "--guard", "--name", "a")
     assert status == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_engine import arguments, same, state_of, wait_for_writes
+from tests.helpers import arguments, same, state_of, wait_for_writes
 from util import distributed
 from util.distributed import World
 from util.run.reader import read_metrics

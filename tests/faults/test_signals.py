@@ -14,12 +14,11 @@ import engine
 import models
 import train_sirs
 from models.dsrnet_model_sirs import DSRNetModel
-from tests.test_engine import arguments, run, same, state_of, wait_for_writes
+from tests.helpers import ROOT, arguments, at_call, run, same, state_of, wait_for_writes
 from tests.test_runner import NVIDIA_SMI, RECORDER, Project
 from util import program
 from util.run import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 SETTINGS = ("--nEpochs", "2", "--epoch_size", "3", "--save_steps", "1")
 
@@ -27,18 +26,6 @@ SETTINGS = ("--nEpochs", "2", "--epoch_size", "3", "--save_steps", "1")
 def main(*given) -> int:
     """The program, in this process."""
     return program.run(train_sirs.main, arguments(*given))
-
-
-def at_call(monkeypatch, where: object, name: str, number: int, act) -> None:
-    """Have something happen in the `number`-th call of a function."""
-    plain, calls = getattr(where, name), iter(range(1, 1000))
-
-    def call(*given, **named):
-        if next(calls) == number:
-            act()
-        return plain(*given, **named)
-
-    monkeypatch.setattr(where, name, call)
 
 
 @pytest.fixture(autouse=True)

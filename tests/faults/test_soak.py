@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_engine import arguments
+from tests.helpers import arguments
 from util.run import checkpoint
 from util.run.reader import read_metrics
 

@@ -19,8 +19,20 @@ from torch.utils.data import Dataset
 
 import data
 from data.loader import MOST_RESTARTS, Loader
-from tests.test_data import PHOTOGRAPHS, assert_same, batches, loader_of, options_for, write, write_pairs
-from tests.test_engine import ROOT, arguments, run, same, state_of
+from tests.helpers import (
+    PHOTOGRAPHS,
+    ROOT,
+    arguments,
+    assert_same,
+    batches,
+    loader_of,
+    options_for,
+    run,
+    same,
+    state_of,
+    write_noise,
+    write_pairs,
+)
 from util.errors import UserError
 from util.images import read_rgb
 from util.run.reader import read_metrics
@@ -39,7 +51,7 @@ BREAKING = {
 def base(tmp_path) -> Path:
     """Sixteen photographs, six pairs, a test set."""
     for i in range(16):
-        write(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=40 - i)
+        write_noise(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=40 - i)
     write_pairs(tmp_path / "train/real", [f"r{i}" for i in range(6)])
     write_pairs(tmp_path / "test/mine", "xyz")
     return tmp_path
@@ -117,7 +129,7 @@ def test_a_test_image_is_never_replaced(base, workers):
     pairs[1].transmission.unlink()
     with pytest.raises(UserError, match=r"^[^\n]*transmission_layer/y\.png: there is no such file$"):
         list(loader)
-    write(pairs[1].transmission, 1, width=20)
+    write_noise(pairs[1].transmission, 1, width=20)
     with pytest.raises(UserError, match=r"y\.png.*not of one size"):
         list(loader)
 
