@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from models.weights import check_finite
 from util.errors import UserError
 from util.run import checkpoint
 
@@ -77,7 +76,7 @@ def _load(layers: nn.Sequential, weights: str | Path) -> None:
             f"features.{unfit[0]} and {len(unfit) - 1} more are missing or of another shape"
         )
     state = {name: state[name] for name in wanted}
-    check_finite(state, f"--vgg_weights {weights}")
+    checkpoint.check_finite(state, f"--vgg_weights {weights}")
     layers.load_state_dict(state)
 
 

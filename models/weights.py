@@ -94,8 +94,8 @@ def load_weights(network: nn.Module, source: str | Path | dict, where: str = "th
         where, source = str(source), checkpoint.load(source)
     state, rest = _find_state(source, where)
     translated = _translated(state, where)
-    check_fit(network.state_dict(), translated, where)
-    check_finite(translated, where)
+    checkpoint.check_fit(network.state_dict(), translated, where)
+    checkpoint.check_finite(translated, where)
     network.load_state_dict(translated)
     return rest
 
@@ -123,17 +123,6 @@ def architecture_of(content: dict, where: str) -> str:
         f"{where}: its {len(shapes)} parameters are none of the networks' ({', '.join(list_models())}); "
         "name the network with --inet to see what doesn't fit"
     )
-
-
-def check_finite(state: dict[str, Tensor], where: str) -> None:
-    """See that weights are numbers.
-
-    Raises:
-        UserError: some are NaN or infinite; the message names them.
-    """
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{where}: {len(bad)} parameters are NaN or infinite: {_some(bad)}; take an earlier checkpoint")
 
 
 @functools.cache
@@ -170,28 +159,3 @@ def _is_plain(value: object) -> bool:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
-
-
-def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Compare the names and shapes of two state dicts.
-
-    Raises:
-        UserError: they differ; it says where.
-    """
-    missing = sorted(set(expected) - set(given))
-    extra = sorted(set(given) - set(expected))
-    wrong = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in sorted(set(expected) & set(given))
-        if given[name].shape != expected[name].shape
-    ]
-    if not (missing or extra or wrong):
-        return
-
-    parts = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
-    told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in parts if names)
-    raise UserError(f"{where}: the weights are not this network's (is --inet the model they were trained for?); {told}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,4 +1,10 @@
-"""Checkpoints on disk: written so that a kill at any moment leaves the one before whole, and checked when read."""
+"""Checkpoint files: written so that a kill at any moment leaves the file before whole, and checked when read.
+
+torch is imported only where tensors are written or read: programs that need no more than the names of a run's files
+start without it.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,41 +12,43 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from util import disk
 from util.errors import UserError
 
-FORMAT = 1
-"""Of our checkpoints; a later one is refused."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_FOLDER = 0x10  # among a zip archive's attributes of a part
+FORMAT = 1
+"""The version of our checkpoints; a later one is refused."""
+
+_FOLDER = 0x10  # attribute of a part of a zip archive that is a folder
 
 
 def save(state: dict, path: Path, previous: Path | None = None) -> None:
-    """Write a state dict to a temporary file beside `path`, flush it to the disk, then rename it.
+    """Write a state to a temporary file beside `path`, flush it to the disk, then rename it.
 
     Args:
         state: plain values and tensors.
         path: the file.
-        previous: the name that the file before keeps.
+        previous: the name under which the file that was at `path` is kept.
 
     Raises:
-        UserError: it can't be written; the files before are as they were.
+        UserError: the file can't be written; the earlier files are as they were.
     """
     with disk.replacing(path) as temporary:
         _write(state, temporary)
-        if previous and path.exists() and not _give_name(path, previous):
+        if previous and path.exists() and not _add_name(path, previous):
             path.replace(previous)  # for a moment there is no `path`
     _flush(path.parent)
 
 
-def save_weights(state: dict[str, torch.Tensor], about: dict, path: Path) -> None:
+def save_weights(state: dict[str, Tensor], about: dict, path: Path) -> None:
     """Write tensors, and plain values about them, as a .safetensors file; `load` returns {**about, "network": state}.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     from safetensors.torch import save
 
@@ -50,51 +58,22 @@ def save_weights(state: dict[str, torch.Tensor], about: dict, path: Path) -> Non
 
 
 def link(path: Path, other: Path) -> None:
-    """`other` becomes a second name of what `path` names now, or a copy where the file system has no such names."""
-    if not _give_name(path, other):
+    """Make `other` a second name of the file at `path`, or a copy of it where the file system has no hard links."""
+    if not _add_name(path, other):
         with disk.replacing(other) as temporary:
             shutil.copyfile(path, temporary)
     _flush(other.parent)
 
 
-def _write(state: dict, path: Path) -> None:
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # in which torch wraps, or with which it follows, what the disk says
-            while error and not isinstance(error, OSError):
-                error = error.__cause__ or error.__context__
-            if error is None:
-                raise
-            raise error from None
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _give_name(path: Path, other: Path) -> bool:
-    """Make `other` a second name of a file; whether this file system has such a thing."""
-    with suppress(UserError), disk.replacing(other) as temporary:
-        os.link(path, temporary)
-        return True
-    return False
-
-
-def _flush(folder: Path) -> None:
-    """Have the renames in a folder reach the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def load(path: str | Path) -> dict:
-    """What a checkpoint file holds, on the CPU; nothing in it is executed.
+    """The content of a checkpoint file, on the CPU; nothing in it is executed.
 
     Raises:
-        UserError: the file is cut short or damaged, of a later version of this program, or holds anything but tensors
-            and plain values.
+        UserError: the file is cut short or damaged, was written by a later version of this program, or holds anything
+            but tensors and plain values.
     """
+    import torch
+
     path = Path(path)
     weights_only = path.suffix == ".safetensors"
     if not weights_only:
@@ -112,6 +91,74 @@ def load(path: str | Path) -> dict:
     return content
 
 
+def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
+    """Compare the names and shapes of two state dicts.
+
+    Raises:
+        UserError: they differ; the message names the differences.
+    """
+    missing = sorted(set(expected) - set(given))
+    extra = sorted(set(given) - set(expected))
+    wrong = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in sorted(set(expected) & set(given))
+        if given[name].shape != expected[name].shape
+    ]
+    if not (missing or extra or wrong):
+        return
+    parts = [("missing", missing), ("left over", extra), ("of another shape", wrong)]
+    listed = "; ".join(f"{len(names)} {what}: {_first_of(names)}" for what, names in parts if names)
+    raise UserError(
+        f"{where}: the weights are not this network's (is --inet the model they were trained for?); {listed}"
+    )
+
+
+def check_finite(state: dict[str, Tensor], where: str) -> None:
+    """Check that all weights are finite numbers.
+
+    Raises:
+        UserError: some are NaN or infinite; the message names them.
+    """
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{where}: {len(bad)} parameters are NaN or infinite: {_first_of(bad)}; take an earlier checkpoint"
+        )
+
+
+def _write(state: dict, path: Path) -> None:
+    import torch
+
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch wraps the disk's error in it, or raises it afterwards
+            while error and not isinstance(error, OSError):
+                error = error.__cause__ or error.__context__
+            if error is None:
+                raise
+            raise error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _add_name(path: Path, other: Path) -> bool:
+    """Make `other` a second name of a file; False where the file system has no hard links."""
+    with suppress(UserError), disk.replacing(other) as temporary:
+        os.link(path, temporary)
+        return True
+    return False
+
+
+def _flush(folder: Path) -> None:
+    """Make the renames in a folder reach the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def _load_weights(path: Path) -> dict:
     from safetensors import safe_open
 
@@ -121,10 +168,9 @@ def _load_weights(path: Path) -> dict:
 
 
 def _check(path: Path) -> None:
-    """Compare every part of a file with the checksum that torch.save has written, and torch.load doesn't look at.
+    """Compare every part of a file with its checksum, which torch.save writes and torch.load ignores.
 
-    Only the format that torch has had since version 1.6, a zip archive, has checksums; unless they were switched off,
-    and all are zero.
+    Only torch's format since version 1.6, a zip archive, has checksums. They may be switched off; then all are zero.
     """
     try:
         with path.open("rb") as file:
@@ -134,15 +180,17 @@ def _check(path: Path) -> None:
                 with zipfile.ZipFile(file) as archive:
                     parts = archive.infolist()
                     damage = archive.testzip() if any(part.CRC for part in parts) else ""
-                if any(
-                    part.external_attr & _FOLDER for part in parts
-                ):  # torch.load would take what is in memory for it
-                    damage = "a part of it has become a folder"
+                if any(part.external_attr & _FOLDER for part in parts):
+                    damage = "a part of it has become a folder"  # torch.load would read uninitialised memory instead
                 if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
                     damage = "it would unpack to more than it is"
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # zipfile raises whatever the damage happens to trigger, too
+    except Exception as error:  # zipfile, too, raises whatever the damage happens to trigger
         damage = str(error) or type(error).__name__
     if damage:
         raise UserError(f"{path}: cut short or damaged ({damage})")
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
