@@ -1,8 +1,14 @@
-"""The argument groups that the programs share. Published names are kept, so published commands run unchanged."""
+"""Every option of training, declared once with its role, and the groups that the programs share.
+
+Published names are kept, so published commands run unchanged.
+"""
 
 import argparse
+import functools
 import os
 from pathlib import Path
+
+from options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16
@@ -39,7 +45,10 @@ def sixteens(text: str) -> int:
 
 def natural_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     if value > _MOST:
@@ -54,7 +63,7 @@ def readable(text: str) -> str:
 
 def natural_float(text: str) -> float:
     """argparse type: a finite number of at least 0."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
     return value
@@ -62,10 +71,17 @@ def natural_float(text: str) -> float:
 
 def fraction(text: str) -> float:
     """argparse type: a number in [0, 1)."""
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def gpu_list(text: str) -> list[int]:
@@ -94,61 +110,79 @@ def module_of(folder: str):
     return check
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("run", "what this run is, where it is kept and how it starts")
-    group.add_argument("--name", metavar="NAME", help="folder of the run under --checkpoints_dir (default: --inet)")
-    group.add_argument(
-        "--comment", type=readable, default="", metavar="TEXT", help="what this run is, recorded with it"
+def train_parser() -> Parser:
+    """The parser of train_sirs.py."""
+    parser = Parser(
+        prog="train_sirs.py",
+        description="Train a reflection removal network and evaluate it after every epoch.",
+        epilog="./runner.sh GPU MODEL 'COMMENT' [options] sets up Python and calls this program.",
     )
-    group.add_argument("--checkpoints_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
-                       help="folder of all runs")  # fmt: skip
-    group.add_argument("--resume", nargs="?", const="must", choices=("must", "auto", "force"),
-                       help="continue the run of that name from its last checkpoint, bit for bit; "
-                            "'auto' starts anew where there is none; 'force' continues though options or data "
-                            "have changed that make it another run")  # fmt: skip
-    group.add_argument("--weight_path", type=Path, metavar="FILE",
-                       help="start from these weights: a published checkpoint or one of ours; with --nEpochs 0 they "
-                            "are only evaluated; 'none' starts from scratch where the demo would start from the "
-                            "weights in the box")  # fmt: skip
-    group.add_argument("--seed", type=natural_int, default=2018, help="of every random draw")
-    group.add_argument("--config", type=Path, metavar="FILE.yaml",
-                       help="defaults for any option here; the command line wins")  # fmt: skip
+    for add in (add_run, add_device, add_speed, add_model, add_data, add_recipe, add_records):
+        add(parser)
+    return parser
 
 
-def add_device(parser: argparse.ArgumentParser, trained: bool = False) -> None:
+@functools.cache
+def roles() -> dict[str, Role]:
+    """The role of each entry of a training's options, by its name."""
+    declared = {action.dest: action.role for action in train_parser()._actions if action.dest != "help"}
+    return declared | {"demo": WHERE}  # which `parse_train` finds out
+
+
+def add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("run", "what this run is, where it is kept and how it starts")
+    option(group, START, "--name", metavar="NAME", help="folder of the run under --checkpoints_dir (default: --inet)")
+    option(group, START, "--comment", type=readable, default="", metavar="TEXT",
+           help="what this run is, recorded with it")  # fmt: skip
+    option(group, START, "--checkpoints_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
+           help="folder of all runs")  # fmt: skip
+    option(group, START, "--resume", nargs="?", const="must", choices=("must", "auto", "force"),
+           help="continue the run of that name from its last checkpoint, bit for bit; "
+                "'auto' starts anew where there is none; 'force' continues though options or data "
+                "have changed that make it another run")  # fmt: skip
+    option(group, FROM, "--weight_path", type=Path, metavar="FILE",
+           help="start from these weights: a published checkpoint or one of ours; with --nEpochs 0 they "
+                "are only evaluated; 'none' starts from scratch where the demo would start from the "
+                "bundled weights")  # fmt: skip
+    option(group, WHAT, "--seed", type=natural_int, default=2018, help="of every random draw")
+    option(group, START, "--config", type=Path, metavar="FILE.yaml",
+           help="defaults for any option here; the command line wins")  # fmt: skip
+
+
+def add_device(parser: Parser, trained: bool = False) -> None:
     """Where it runs and how; `trained` weights may say themselves how."""
     group = parser.add_argument_group("device")
-    group.add_argument("--gpu_ids", type=gpu_list, metavar="IDS",
-                       help="index of the GPU, a list for several (under torchrun), -1 for the CPU "
-                            "(default: a GPU if there is one)")  # fmt: skip
-    group.add_argument("--precision", choices=("fp32", "bf16", "auto"), default=None if trained else "fp32",
-                       help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
-                            "auto: bf16 where the hardware multiplies it natively"
-                            + " (default: as in the training, fp32 for published weights)" * trained)  # fmt: skip
+    option(group, HOW, "--gpu_ids", type=gpu_list, metavar="IDS",
+           help="index of the GPU, a list for several (under torchrun), -1 for the CPU "
+                "(default: a GPU if there is one)")  # fmt: skip
+    option(group, WHAT, "--precision", choices=("fp32", "bf16", "auto"), default=None if trained else "fp32",
+           help="fp32; bf16 autocast (losses, norms and the scan stay fp32); "
+                "auto: bf16 where the hardware multiplies it natively"
+                + " (default: as in the training, fp32 for published weights)" * trained)  # fmt: skip
 
 
-def add_speed(parser: argparse.ArgumentParser) -> None:
+def add_speed(parser: Parser) -> None:
     group = parser.add_argument_group("speed", "what computes, and what is kept in memory")
-    group.add_argument("--compile", nargs="?", const="on", default="off", choices=("off", "on", "graphs"),
-                       help="have torch.compile fuse the training step, which takes minutes at the start and a C++ "
-                            "compiler; graphs: through CUDA graphs, too, for small batches")  # fmt: skip
-    group.add_argument("--checkpoint_activations", action="store_true",
-                       help="compute activations again in the backward pass instead of keeping them: less than half "
-                            "the memory, a third more time")  # fmt: skip
-    group.add_argument("--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
-                       help="what computes the Mamba models' selective scan (default: the environment variable "
-                            "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
+    option(group, HOW, "--compile", nargs="?", const="on", default="off", choices=("off", "on", "graphs"),
+           help="have torch.compile fuse the training step, which takes minutes at the start and a C++ "
+                "compiler; graphs: through CUDA graphs, too, for small batches")  # fmt: skip
+    option(group, HOW, "--checkpoint_activations", action="store_true",
+           help="compute activations again in the backward pass instead of keeping them: less than half "
+                "the memory, a third more time")  # fmt: skip
+    option(group, HOW, "--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
+           help="what computes the Mamba models' selective scan (default: the environment variable "
+                "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
     add_workers(group)
-    group.add_argument("--cache_images", type=natural_float, default=0.0, metavar="GIB",
-                       help="memory, for every process that trains, to keep decoded images in")  # fmt: skip
+    option(group, HOW, "--cache_images", type=natural_float, default=0.0, metavar="GIB",
+           help="memory, for every process that trains, to keep decoded images in")  # fmt: skip
 
 
 def add_workers(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
-                       help="worker processes that make samples, 0 for none")  # fmt: skip
+    option(group, HOW, "--nThreads", type=natural_int, default=max(1, min(8, (os.cpu_count() or 1) - 1)), metavar="N",
+           help="worker processes that make samples, 0 for none")  # fmt: skip
 
 
-def add_weights(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_weights(parser: Parser) -> argparse._ArgumentGroup:
     """What stands in for the things that a checkpoint says itself; the group, for what a program adds to it."""
     group = parser.add_argument_group("model")
     group.add_argument("--inet", metavar="MODEL",
@@ -160,7 +194,7 @@ def add_weights(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_tiles(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_tiles(parser: Parser) -> argparse._ArgumentGroup:
     """How images are separated that are too large for the memory; the group, for what a program adds to it."""
     group = parser.add_argument_group("separation")
     group.add_argument("--tile", type=sixteens, metavar="PIXELS",
@@ -175,115 +209,115 @@ def add_tiles(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--inet", default="dsrnet_s", metavar="MODEL",
-                       help="a network of models/arch/__init__.py; --list_models shows them")  # fmt: skip
-    group.add_argument("--list_models", action="store_true", help="print the networks' names and exit")
-    group.add_argument("--model", type=module_of("models"), default="dsrnet_model_sirs", metavar="MODULE",
-                       help="file of models/ with the training step (a function build)")  # fmt: skip
-    group.add_argument("--loss", type=module_of("models"), default="losses", metavar="MODULE",
-                       help="file of models/ with the losses (a class ReflectionLoss)")  # fmt: skip
-    group.add_argument("--vgg_weights", default="imagenet", metavar="imagenet|random|FILE",
-                       help="VGG19's weights: torchvision's, downloaded once; random ones, to try things out; "
-                            "or a file of them")  # fmt: skip
+    option(group, WHAT, "--inet", default="dsrnet_s", metavar="MODEL",
+           help="a network of models/arch/__init__.py; --list_models shows them")  # fmt: skip
+    option(group, START, "--list_models", action="store_true", help="print the networks' names and exit")
+    option(group, WHAT, "--model", type=module_of("models"), default="dsrnet_model_sirs", metavar="MODULE",
+           help="file of models/ with the training step (a function build)")  # fmt: skip
+    option(group, WHAT, "--loss", type=module_of("models"), default="losses", metavar="MODULE",
+           help="file of models/ with the losses (a class ReflectionLoss)")  # fmt: skip
+    option(group, WHAT, "--vgg_weights", default="imagenet", metavar="imagenet|random|FILE",
+           help="VGG19's weights: torchvision's, downloaded once; random ones, to try things out; "
+                "or a file of them")  # fmt: skip
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--base_dir", type=Path, metavar="DIR",
-                       help="the data, laid out as the README shows (default: ./dataset/reflection-removal; "
-                            "where that is missing, a small demo set is made)")  # fmt: skip
-    group.add_argument("--dataset", type=module_of("data"), default="sirs_dataset", metavar="MODULE",
-                       help="file of data/ with the datasets (classes TrainSet and TestSet)")  # fmt: skip
-    group.add_argument("--crop_size", type=sixteens, default=224, metavar="PIXELS",
-                       help="side of the training crops, a multiple of 16")  # fmt: skip
-    group.add_argument("--max_scale", type=natural_float, default=2.0, metavar="CROPS",
-                       help="training images are scaled at random so that their short side is one crop to so many, "
-                            "at least 1")  # fmt: skip
-    group.add_argument("--mix", type=natural_float, nargs=3, default=[0.6, 0.2, 0.2],
-                       metavar=("SYNTHETIC", "REAL", "NATURE"),
-                       help="how often a sample comes from each training set; missing sets are left out "
-                            "and the rest renormalised")  # fmt: skip
-    group.add_argument("--synthesis", choices=("published", "wide"), default="published",
-                       help="how synthetic reflections are made; wide: half of them as sums with an undimmed "
-                            "transmission, some weaker, sharper, ghosted, stronger here than there, in linear "
-                            "light")  # fmt: skip
-    group.add_argument("--epoch_size", type=natural_int, default=0, metavar="N",
-                       help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
-    group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
-                       help="use at most so many photographs, training pairs and test pairs of each set")  # fmt: skip
-    group.add_argument("--skip_bad_images", action="store_true",
-                       help="leave out images that can't be used, a pair as a whole, and say which; without it they "
-                            "stop the run before it starts")  # fmt: skip
-    group.add_argument("--val_split", type=fraction, default=0.05, metavar="SHARE",
-                       help="share of the training pairs held out, by a hash of the file's name, to pick "
-                            "the best epoch; 0 trains on all pairs")  # fmt: skip
-    group.add_argument("--if_align", action="store_true",
-                       help="published protocol: resize test images to multiples of 32 (bicubic); "
-                            "without it they are padded and cropped back")  # fmt: skip
+    option(group, WHERE, "--base_dir", type=Path, metavar="DIR",
+           help="the data, laid out as the README shows (default: ./dataset/reflection-removal; "
+                "where that is missing, a small demo set is made)")  # fmt: skip
+    option(group, WHAT, "--dataset", type=module_of("data"), default="sirs_dataset", metavar="MODULE",
+           help="file of data/ with the datasets (classes TrainSet and TestSet)")  # fmt: skip
+    option(group, WHAT, "--crop_size", type=sixteens, default=224, metavar="PIXELS",
+           help="side of the training crops, a multiple of 16")  # fmt: skip
+    option(group, WHAT, "--max_scale", type=natural_float, default=2.0, metavar="N",
+           help="the short side of a training image is scaled at random to 1 to N times the side of the crop; "
+                "N is at least 1")  # fmt: skip
+    option(group, WHAT, "--mix", type=natural_float, nargs=3, default=[0.6, 0.2, 0.2],
+           metavar=("SYNTHETIC", "REAL", "NATURE"),
+           help="how often a sample comes from each training set; missing sets are left out "
+                "and the rest renormalised")  # fmt: skip
+    option(group, WHAT, "--synthesis", choices=("published", "wide"), default="published",
+           help="how synthetic reflections are made; wide: half of them as sums with an undimmed "
+                "transmission, some weaker, sharper, ghosted, stronger here than there, in linear "
+                "light")  # fmt: skip
+    option(group, WHAT, "--epoch_size", type=natural_int, default=0, metavar="N",
+           help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
+    option(group, WHAT, "--max_dataset_size", type=positive_int, metavar="N",
+           help="use at most N photographs, N training pairs and N test pairs of each set")  # fmt: skip
+    option(group, HOW, "--skip_bad_images", action="store_true",
+           help="leave out images that can't be used, a pair as a whole, and say which; without it they "
+                "stop the run before it starts")  # fmt: skip
+    option(group, WHAT, "--val_split", type=fraction, default=0.05, metavar="SHARE",
+           help="share of the training pairs held out, by a hash of the file's name, to pick "
+                "the best epoch; 0 trains on all pairs")  # fmt: skip
+    option(group, WHAT, "--if_align", action="store_true",
+           help="published protocol: resize test images to multiples of 32 (bicubic); "
+                "without it they are padded and cropped back")  # fmt: skip
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: Parser) -> None:
     group = parser.add_argument_group("recipe")
-    group.add_argument("--nEpochs", type=natural_int, default=25, metavar="N", help="epochs in all; 0 only evaluates")
-    group.add_argument("--batchSize", type=positive_int, default=1, metavar="N", help="samples a step and process")
-    group.add_argument("--accumulate", type=positive_int, default=1, metavar="N",
-                       help="batches whose gradients are averaged into one step of the optimiser")  # fmt: skip
-    group.add_argument("--optimizer", choices=("adamw", "adam"), default="adamw",
-                       help="adamw decays the weights of convolutions and linear layers, nothing else")  # fmt: skip
-    group.add_argument("--lr", type=natural_float, default=1e-4, help="peak learning rate")
-    group.add_argument("--wd", type=natural_float, default=1e-2, help="weight decay of adamw")
-    group.add_argument("--scheduler", choices=("cosine_iter", "cosine", "none"), default="cosine_iter",
-                       help="cosine_iter: down and up again, stepped every iteration (the -W models); "
-                            "cosine: once over the whole run; none: constant")  # fmt: skip
-    group.add_argument("--period", type=positive_int, default=300, metavar="STEPS",
-                       help="cosine_iter: steps from the peak to the floor")  # fmt: skip
-    group.add_argument("--lr_min", type=natural_float, default=1e-5, metavar="LR", help="floor of both cosines")
-    group.add_argument("--grad_clip", type=natural_float, default=0.0, metavar="NORM",
-                       help="clip the gradient to this norm; 0 does not")  # fmt: skip
-    group.add_argument("--guard", action="store_true",
-                       help="for models that blow up, such as mdsrnet_v1_l: clip gradients that are unusually large, "
-                            "skip steps whose gradient is far out, and after several of those go back to the last "
-                            "good checkpoint and on with half the rate")  # fmt: skip
-    group.add_argument("--ema", type=fraction, default=0.0, metavar="DECAY",
-                       help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
-                            "0 does not")  # fmt: skip
-    group.add_argument("--lambda_vgg", type=natural_float, default=0.01,
-                       help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
-                            "a stem of its own")  # fmt: skip
-    group.add_argument("--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
-    group.add_argument("--lambda_mse", type=natural_float, default=0.3,
-                       help="weight of the squared errors of T and R; that of their gradients is 0.6")  # fmt: skip
-    group.add_argument("--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
+    option(group, WHAT, "--nEpochs", type=natural_int, default=25, metavar="N", help="epochs in all; 0 only evaluates")
+    option(group, WHAT, "--batchSize", type=positive_int, default=1, metavar="N", help="samples a step and process")
+    option(group, WHAT, "--accumulate", type=positive_int, default=1, metavar="N",
+           help="batches whose gradients are averaged into one step of the optimiser")  # fmt: skip
+    option(group, WHAT, "--optimizer", choices=("adamw", "adam"), default="adamw",
+           help="adamw decays the weights of convolutions and linear layers, nothing else")  # fmt: skip
+    option(group, WHAT, "--lr", type=natural_float, default=1e-4, help="peak learning rate")
+    option(group, WHAT, "--wd", type=natural_float, default=1e-2, help="weight decay of adamw")
+    option(group, WHAT, "--scheduler", choices=("cosine_iter", "cosine", "none"), default="cosine_iter",
+           help="cosine_iter: down and up again, stepped every iteration (the -W models); "
+                "cosine: once over the whole run; none: constant")  # fmt: skip
+    option(group, WHAT, "--period", type=positive_int, default=300, metavar="STEPS",
+           help="cosine_iter: steps from the peak to the floor")  # fmt: skip
+    option(group, WHAT, "--lr_min", type=natural_float, default=1e-5, metavar="LR", help="floor of both cosines")
+    option(group, WHAT, "--grad_clip", type=natural_float, default=0.0, metavar="NORM",
+           help="clip the gradient to this norm; 0 does not")  # fmt: skip
+    option(group, WHAT, "--guard", action="store_true",
+           help="for models that blow up, such as mdsrnet_v1_l: clip gradients that are unusually large, "
+                "skip steps whose gradient is far out, and after several of those go back to the last "
+                "good checkpoint and on with half the rate")  # fmt: skip
+    option(group, WHAT, "--ema", type=fraction, default=0.0, metavar="DECAY",
+           help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
+                "0 does not")  # fmt: skip
+    option(group, WHAT, "--lambda_vgg", type=natural_float, default=0.01,
+           help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
+                "a stem of its own")  # fmt: skip
+    option(group, WHAT, "--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
+    option(group, WHAT, "--lambda_mse", type=natural_float, default=0.3,
+           help="weight of the squared errors of T and R; that of their gradients is 0.6")  # fmt: skip
+    option(group, WHAT, "--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
 
 
-def add_records(parser: argparse.ArgumentParser) -> None:
+def add_records(parser: Parser) -> None:
     group = parser.add_argument_group("records")
-    group.add_argument("--best_by", choices=("val", "test"), default="val",
-                       help="what picks the best epoch: PSNR of the held-out pairs, or (as the published models "
-                            "did, which flatters them) of the test sets")  # fmt: skip
-    group.add_argument("--save_every", type=natural_int, default=0, metavar="EPOCHS",
-                       help="keep every so manieth epoch's checkpoint beside last and best; 0 keeps none")  # fmt: skip
-    group.add_argument("--keep", type=natural_int, default=0, metavar="N",
-                       help="of these, keep the newest N only; 0 keeps all")  # fmt: skip
-    group.add_argument("--save_steps", type=natural_int, default=500, metavar="STEPS",
-                       help="write the last checkpoint so often within an epoch, too; 0: only after it")  # fmt: skip
-    group.add_argument("--log_every", type=positive_int, default=20, metavar="STEPS",
-                       help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
-    group.add_argument("--log_norms", action="store_true",
-                       help="every block's activations and gradients among the curves, to find where a training "
-                            "goes astray")  # fmt: skip
-    group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",
-                       help="test images of equal size that are separated together")  # fmt: skip
-    group.add_argument("--save_images", action="store_true",
-                       help="write the transmission and the reflection of every test image, the newest only, "
-                            "to images/")  # fmt: skip
-    group.add_argument("--panels", type=natural_int, default=4, metavar="N",
-                       help="images of each test set shown in TensorBoard every epoch")  # fmt: skip
+    option(group, WHAT, "--best_by", choices=("val", "test"), default="val",
+           help="what picks the best epoch: PSNR of the held-out pairs, or (as the published models "
+                "did, which flatters them) of the test sets")  # fmt: skip
+    option(group, WHERE, "--save_every", type=natural_int, default=0, metavar="N",
+           help="keep a checkpoint every N epochs, in addition to last and best; 0 keeps none")  # fmt: skip
+    option(group, WHERE, "--keep", type=natural_int, default=0, metavar="N",
+           help="of the checkpoints of --save_every, keep the newest N; 0 keeps all")  # fmt: skip
+    option(group, WHERE, "--save_steps", type=natural_int, default=500, metavar="STEPS",
+           help="write the last checkpoint every N steps within an epoch, too; 0: only at its end")  # fmt: skip
+    option(group, HOW, "--log_every", type=positive_int, default=20, metavar="STEPS",
+           help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
+    option(group, HOW, "--log_norms", action="store_true",
+           help="every block's activations and gradients among the curves, to find where a training "
+                "goes astray")  # fmt: skip
+    option(group, HOW, "--eval_batch", type=positive_int, default=1, metavar="N",
+           help="test images of equal size that are separated together")  # fmt: skip
+    option(group, WHERE, "--save_images", action="store_true",
+           help="write the transmission and the reflection of every test image, the newest only, "
+                "to images/")  # fmt: skip
+    option(group, WHERE, "--panels", type=natural_int, default=4, metavar="N",
+           help="images of each test set shown in TensorBoard every epoch")  # fmt: skip
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, metavar="DIR",
                        help="where NAME_t.png and the like go; below it, folders are as below the PATH "
@@ -298,7 +332,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     existing.add_argument("--resume", action="store_true", help="write only what does not exist yet")
 
 
-def add_measuring(parser: argparse.ArgumentParser) -> None:
+def add_measuring(parser: Parser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--base_dir", type=Path, required=True, metavar="DIR",
                        help="test/**/{blended,transmission_layer} below it are the test sets")  # fmt: skip
@@ -308,7 +342,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-o", "--output", type=Path, metavar="DIR",
                        help="write evaluation.md, .csv, .json and per_image.csv there, over earlier ones")  # fmt: skip
     group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
-                       help="use at most so many pairs of each set")  # fmt: skip
+                       help="use at most N pairs of each set")  # fmt: skip
     group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",
                        help="images of equal size that are separated together")  # fmt: skip
     add_workers(group)

@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 import options
-from options import as_text, parse_train, train_parser
+from options import as_text, parse_train
+from options.arguments import roles, train_parser
+from options.config import RECORDED
+from options.parser import Role
 from tests.conftest import children_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +34,20 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert "--lambda_vgg" in done.stdout
 
 
-def test_every_option_has_help():
+def test_every_option_has_help_and_a_role():
     assert [a.dest for a in train_parser()._actions if not a.help] == []
+    assert set(roles()) == set(vars(parse_train([]))), "an option without a role would be in no record"
+
+
+def test_roles_decide_what_is_recorded_compared_and_exported():
+    found = {role: {name for name, has in roles().items() if has is role} for role in Role}
+    assert found[Role.START] == {"name", "comment", "checkpoints_dir", "resume", "config", "list_models"}
+    assert found[Role.FROM] == {"weight_path"}
+    assert found[Role.WHERE] == {"base_dir", "demo", "save_every", "keep", "save_steps", "save_images", "panels"}
+    assert found[Role.HOW] == {
+        "gpu_ids", "compile", "checkpoint_activations", "scan_backend", "nThreads", "cache_images", "skip_bad_images",
+        "log_every", "log_norms", "eval_batch",
+    }  # fmt: skip
 
 
 def test_scan_backends_are_those_there_are():
@@ -87,13 +102,33 @@ def test_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     assert parsed.base_dir == Path() and not parsed.demo
 
 
-def test_written_options_are_a_config(tmp_path):
-    first = parse_train(
-        ["--inet", "dsrnet_m", "--base_dir", ".", "--lr", "3e-4", "--gpu_ids", "0,1", "--resume", "auto"]
-    )
-    (tmp_path / "options.yaml").write_text(yaml.safe_dump(as_text(first)))
-    second = parse_train(["--config", "options.yaml"])
-    assert {k: v for k, v in vars(second).items() if k != "config" and v != vars(first)[k]} == {}
+START = {"resume": "must", "name": "old", "comment": "before", "checkpoints_dir": "runs"}
+
+
+@pytest.mark.parametrize("chosen", [RECORDED, Role], ids=["today's", "an older version's"])
+def test_written_options_start_a_new_run_like_it(chosen, tmp_path):
+    given = ["--inet", "dsrnet_m", "--base_dir", ".", "--lr", "3e-4", "--gpu_ids", "0,1"]
+    first = parse_train([*given, *(f"--{key}={value}" for key, value in START.items())])
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(as_text(first, chosen)))
+    second = vars(parse_train(["--config", "options.yaml"]))
+    assert {k for k, v in second.items() if v != vars(first)[k]} == {"config", *START}
+    assert (second["resume"], second["name"], second["comment"]) == (None, "dsrnet_m", "")
+
+
+def test_a_config_of_ones_own_may_say_how_to_start(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: mine\nresume: auto\ncomment: of my own\n")
+    parsed = parse_train(["--config", "c.yaml"])
+    assert (parsed.name, parsed.resume, parsed.comment) == ("mine", "auto", "of my own")
+
+
+@pytest.mark.parametrize("more", [[], ["--weight_path", "none"]], ids=["pretrained", "scratch"])
+def test_options_of_a_demo_start_another_demo(more, tmp_path):
+    first = parse_train(["--inet", "dsrnet_xs", *more])
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(as_text(first, RECORDED)))
+    (tmp_path / "dataset/reflection-removal").mkdir(parents=True)  # meanwhile
+    second = vars(parse_train(["--config", "options.yaml"]))
+    assert second["demo"] and {k for k, v in second.items() if v != vars(first)[k]} == {"config"}
+    assert not parse_train(["--config", "options.yaml", "--base_dir", "."]).demo
 
 
 @pytest.mark.parametrize(
@@ -116,19 +151,27 @@ def test_written_options_are_a_config(tmp_path):
         (["--gpu_ids", "zero"], "zero"),
         (["--loss", "nowhere"], "models/nowhere.py"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--nepochs", "3"], "--nepochs"),
-        (["--config", "bad.yaml"], "learning_rate"),
+        (["--nepochs", "3"], "there is no option --nepochs; did you mean --nEpochs\\?"),
+        (["--batch-size=3"], "did you mean --batchSize\\?"),
+        (["--zzz"], "there is no option --zzz; --help"),
+        (["--nEpochs", "three"], "--nEpochs: 'three' is not a whole number"),
+        (["--lr", "fast"], "--lr: 'fast' is not a number"),
+        (["--precision", "fp64"], "--precision: 'fp64' is not one of 'fp32', 'bf16', 'auto'"),
+        (["--config", "bad.yaml"], "there is no option 'learning_rate'"),
+        (["--config", "near.yaml"], "there is no option 'batch_size'; did you mean batchSize\\?"),
         (["--config", "worse.yaml"], "--lr"),
         (["--config", "list.yaml"], "option: value"),
     ],
 )
 def test_what_cannot_work_fails_before_anything_is_created(arguments, told, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("learning_rate: 1\n")
+    (tmp_path / "near.yaml").write_text("batch_size: 1\n")
     (tmp_path / "worse.yaml").write_text("lr: fast\n")
     (tmp_path / "list.yaml").write_text("- lr\n")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
         parse_train(arguments)
     assert stop.value.code == 2
-    assert re.search(told, capsys.readouterr().err.splitlines()[-1])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and re.search(told, line)
     assert sorted(tmp_path.iterdir()) == before

@@ -88,6 +88,16 @@ def test_seeds_are_one_row_with_mean_and_spread(runs, tmp_path, capsys):
     assert set(rows_of(runs, tmp_path)) == {"a", "deep/b", "c", "s1", "s2", "s3", "s4", "lr"}
 
 
+def test_what_is_kept_of_a_run_is_no_recipe(tmp_path):
+    """Runs that differ in their seed and in options that train nothing else are one over their seeds."""
+    runs = tmp_path / "runs"
+    others = [], ["--save_every", "1", "--keep", "3"], ["--skip_bad_images", "--log_every", "5", "--nThreads", "0"]
+    for seed, more in enumerate(others):
+        leave(runs / f"s{seed}", {1: {"mine": 20 + seed}}, "--nEpochs", "1", "--seed", str(seed), *more)
+    assert {row["recipe"] for row in rows_of(runs, tmp_path).values()} == {""}
+    assert set(rows_of(runs, tmp_path, "--over_seeds")) == {"s0, s1, s2"}
+
+
 def test_sorted_by_the_picked_epochs_average(runs, tmp_path, capsys):
     assert list(rows_of(runs, tmp_path)) == ["c", "deep/b", "a"]
     assert list(rows_of(runs, tmp_path, "--sort", "best_by_test")) == ["a", "c", "deep/b"]

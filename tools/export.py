@@ -2,24 +2,23 @@
 
     python tools/export.py checkpoints/dsrnet_xs/best.pt -o dsrnet_xs.safetensors
 
-Of the moving average where there is one. The file says which network it is of, and how it was trained but for the
-folders of this machine; all programs here take it as they take a checkpoint.
+Where there is a moving average, its weights are taken. The file names the network and the options of its training, but
+none of the machine, such as folders. All programs here take it as they take a checkpoint.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.arguments import roles
+from options.parser import WHAT, Parser
 from util.program import run
-
-_OF_THIS_MACHINE = {"base_dir", "checkpoints_dir", "config", "demo", "gpu_ids", "name", "resume", "weight_path"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="export.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
     )
@@ -47,7 +46,7 @@ def export(source: Path, target: Path) -> str:
     about = {"format": checkpoint.FORMAT, "inet": name}
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
-        about["options"] = {key: value for key, value in rest["options"].items() if key not in _OF_THIS_MACHINE}
+        about["options"] = {key: value for key, value in rest["options"].items() if roles().get(key) is WHAT}
     checkpoint.save_weights(network.state_dict(), about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
 

@@ -20,26 +20,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import DEMO_RECIPE, train_parser
+from options.arguments import roles, train_parser
+from options.config import DEMO_RECIPE
+from options.parser import FROM, WHAT, Parser
 from util import disk, tables
 from util.errors import UserError
 from util.program import run
 from util.published import AVERAGED_SETS
 
-# Options that say where and how a run ran, not what was trained on what.
-_NO_RECIPE = {
-    "help", "name", "comment", "seed", "checkpoints_dir", "resume", "config", "list_models", "inet", "base_dir",
-    "gpu_ids", "nThreads", "cache_images", "nEpochs", "save_every", "save_steps", "log_every", "log_norms",
-    "eval_batch", "save_images", "panels", "checkpoint_activations", "compile", "scan_backend",
-}  # fmt: skip
+_COLUMNS = {"inet", "seed", "nEpochs"}  # options with a column of their own
 _SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "model")
 _TEXT_WIDTH = 44  # characters of a comment or a recipe on the terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="summarize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="summarize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), metavar="FOLDER",
                         help="where the runs are, at any depth (default: checkpoints)")  # fmt: skip
     parser.add_argument("--sort", default="average", metavar="KEY",
@@ -108,11 +103,10 @@ def row(run, root: Path) -> dict:
 
 def recipe(options: dict[str, object]) -> str:
     """What differs from the defaults, as it would be typed; a demo run is compared with the demo's."""
-    parser = train_parser()
     changed = ["demo"] if options.get("demo") else []
-    for action in parser._actions:
+    for action in train_parser()._actions:
         key = action.dest
-        if key in _NO_RECIPE or key not in options:
+        if roles().get(key) not in (WHAT, FROM) or key in _COLUMNS or key not in options:
             continue
         default = DEMO_RECIPE.get(key, action.default) if options.get("demo") else action.default
         value = options[key]

@@ -61,7 +61,7 @@ def refused_or_parsed(parse, arguments: list[str]) -> str | None:
             parse(arguments)
     except SystemExit as stop:
         assert stop.code == 2
-        return told.getvalue().partition(": error: ")[2]
+        return told.getvalue().removeprefix("error: ")
     return None
 
 

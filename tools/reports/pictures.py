@@ -10,7 +10,7 @@ from torch import Tensor
 
 import data
 from models.separator import load_separator
-from options import train_parser
+from options.arguments import train_parser
 from util.errors import UserError
 from util.images import read_image
 from util.metrics import quality_assess

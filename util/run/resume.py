@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from options.arguments import roles
+from options.parser import START, WHAT
 from util.errors import UserError
 
 TEST = "test set "
@@ -14,12 +16,6 @@ TEST = "test set "
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/**/*.py")
-
-# Options that may differ: those that say where, how and how fast, and those that only count at the start.
-_HARMLESS = {"base_dir", "cache_images", "checkpoint_activations", "checkpoints_dir", "comment", "compile", "demo"}
-_HARMLESS |= {"eval_batch", "gpu_ids", "keep", "log_every", "log_norms", "nThreads", "name", "panels", "save_every"}
-_HARMLESS |= {"save_images", "save_steps", "scan_backend", "skip_bad_images", "weight_path"}
-_UNTOLD = {"config", "list_models", "resume"}
 
 
 def fingerprint(files: Mapping[str, Sequence[Path]], base: Path) -> dict[str, dict]:
@@ -47,7 +43,8 @@ def changes(before: dict, now: dict) -> tuple[list[str], list[str]]:
     harmless: list[str] = []
     serious: list[str] = []
     for name, (was, is_now) in _differing(before["options"], now["options"]).items():
-        if name not in _UNTOLD and name in before["options"] and name in now["options"]:
+        known = name in before["options"] and name in now["options"]
+        if known and roles().get(name) is not START:
             (harmless if _is_harmless(name, before, now) else serious).append(f"--{name} was {was}, now it is {is_now}")
     for name, (was, is_now) in _differing(before.get("data", now["data"]), now["data"]).items():
         if not name.startswith(TEST) and not now["options"]["nEpochs"]:
@@ -86,7 +83,7 @@ def _is_harmless(name: str, before: dict, now: dict) -> bool:
         return was == is_now
     if name == "nEpochs":
         return now["options"]["scheduler"] != "cosine"  # which falls over all epochs
-    return name in _HARMLESS
+    return roles().get(name) is not WHAT
 
 
 def _differing(before: Mapping, now: Mapping) -> dict[str, tuple]:
