@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data import Loaders
 from data.loader import Loader
 from models.arch.blocks import Block
-from models.weights import check_finite, check_fit
 from options import as_text
 from util import disk
 from util.device import enough_memory, less_memory_for_a_step, less_memory_for_images
@@ -190,8 +189,8 @@ class Engine:
             raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
         for part in ("network", "ema"):
             if state[part]:
-                check_fit(self.network.state_dict(), state[part], str(where))
-                check_finite(state[part], f"{where}, {part}")
+                checkpoint.check_fit(self.network.state_dict(), state[part], str(where))
+                checkpoint.check_finite(state[part], f"{where}, {part}")
 
     def load_state(self, state: dict, where: Path) -> None:
         """Continue from a `state`.
