@@ -18,50 +18,48 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data.demo import write_examples
 from options import PRETRAINED
 from tests.test_runner import executable
-from tools import app
+from tools import app, infer
 from util.errors import UserError
 from util.images import read_image, write_image
+from util.photographs import Photograph, read_photograph, write_photograph
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Makes this the module tools.infer.
+# Makes this the module models.separator.
 STAND_IN = """
 import sys, types
-from typing import NamedTuple
 import numpy as np
 from util.errors import UserError
 
-class Separation(NamedTuple):
-    transmission: np.ndarray
-    reflection: np.ndarray
-    residue: np.ndarray
-
 class Mirror:
-    def separate(self, array):
-        return Separation(array[:, ::-1], array - 0.5, np.zeros_like(array))
+    def bands(self, image, wanted, watch):
+        array = image / np.float32(np.iinfo(image.dtype).max)
+        parts = {"transmission": array[:, ::-1], "reflection": array - 0.5}
+        yield 0, [parts[name] for name in wanted]
 
-def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gpu_ids=None, tile=None):
+def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gpu_ids=None, tile=None, overlap=None,
+                   self_ensemble=False):
     loaded.append((checkpoint.parent.name, precision, tile))
     if "damaged" in str(checkpoint):
         raise UserError("damaged/best.pt: not a checkpoint")
     return Mirror()
 
 loaded = []
-sys.modules["tools.infer"] = infer = types.ModuleType("tools.infer")
-infer.load_separator, infer.loaded = load_separator, loaded
+sys.modules["models.separator"] = separator = types.ModuleType("models.separator")
+separator.load_separator, separator.loaded = load_separator, loaded
 """
 
 
 @pytest.fixture
-def infer(monkeypatch) -> types.ModuleType:
-    monkeypatch.setitem(sys.modules, "tools.infer", None)  # so that what was there comes back
+def stand_in(monkeypatch) -> types.ModuleType:
+    monkeypatch.setitem(sys.modules, "models.separator", None)  # so that what was there comes back
     exec(STAND_IN, {})
-    return sys.modules["tools.infer"]
+    return sys.modules["models.separator"]
 
 
 @pytest.fixture
@@ -106,13 +104,13 @@ def test_it_is_this_machines_alone_by_default():
 
 def test_checkpoints_are_found_the_newest_first_or_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert app.find_checkpoints(None) == {"dsrnet_xs, in the box": PRETRAINED}
+    assert app.find_checkpoints(None) == {"dsrnet_xs (bundled)": PRETRAINED}
     for age, name in enumerate(("new", "older", "oldest")):
         path = Path("checkpoints") / name / "best.pt"
         executable(path, "")
         os.utime(path, (1e9 - age, 1e9 - age))
     executable(tmp_path / "published.pt", "")
-    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest", "dsrnet_xs, in the box"]
+    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest", "dsrnet_xs (bundled)"]
     given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt"]
     assert app.find_checkpoints(given) == {"published.pt": given[0], "new": given[1]}
     with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):
@@ -126,12 +124,12 @@ def test_two_checkpoints_of_one_name_can_be_told_apart(tmp_path):
     assert app.find_checkpoints(paths) == {str(path): path for path in paths}
 
 
-def test_the_checkpoint_used_last_stays_loaded(infer):
+def test_the_checkpoint_used_last_stays_loaded(stand_in):
     options = Namespace(inet=None, vgg_weights=None, precision="bf16", gpu_ids=None, tile=512)
     separators = app.Separators({name: Path(name) / "best.pt" for name in ("a", "b")}, options)
     for name in ("a", "a", "b", "a"):
         separators.get(name)
-    assert infer.loaded == [("a", "bf16", 512), ("b", "bf16", 512), ("a", "bf16", 512)]
+    assert stand_in.loaded == [("a", "bf16", 512), ("b", "bf16", 512), ("a", "bf16", 512)]
 
 
 def test_what_a_visit_leaves_goes_with_it(tmp_path):
@@ -152,14 +150,35 @@ def test_what_a_visit_leaves_goes_with_it(tmp_path):
     assert not shared.exists() and not list(visits.folder.iterdir())
 
 
-def test_a_photograph_becomes_files(infer, photograph, tmp_path):
-    separator = infer.load_separator(tmp_path)
-    before, transmission, reflection, told = app.separate_file(separator, photograph, tmp_path)
+def test_a_photograph_becomes_files(stand_in, photograph, tmp_path):
+    separator = stand_in.load_separator(tmp_path)
+    before, transmission, reflection, told = app.separate_upload(separator, photograph, tmp_path)
     assert told.startswith("60 × 40 pixels in ")
     mixture = read_image(photograph)
     assert np.array_equal(read_image(transmission), mixture[:, ::-1])
     assert np.abs(read_image(reflection) - np.clip(mixture - 0.5, 0, 1)).max() <= 0.5 / 255 + 1e-6  # rounded to 8 bits
     assert transmission.name == "photograph-transmission.png" and read_image(before).shape == mixture.shape
+
+
+def test_results_keep_what_the_photograph_says(stand_in, tmp_path):
+    """Profile, EXIF, alpha and 16 bits, exactly as tools/infer.py keeps them."""
+    exif = Image.Exif()
+    exif[271] = "A camera"
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels, alpha = np.split(np.random.default_rng(0).integers(0, 2**16, (40, 60, 4), np.uint16), [3], axis=2)
+    like = Photograph(pixels, alpha[:, :, 0], icc, exif.tobytes())
+    path = tmp_path / "deep.png"
+    write_photograph(path, pixels, like, "png")
+    separator = stand_in.load_separator(tmp_path)
+    before, transmission, reflection, _ = app.separate_upload(separator, path, tmp_path)
+    infer.separate_file(separator, infer.Job(path, "png", {"t": tmp_path / "t.png", "r": tmp_path / "r.png"}))
+    assert transmission.read_bytes() == (tmp_path / "t.png").read_bytes()
+    assert reflection.read_bytes() == (tmp_path / "r.png").read_bytes()
+    made = read_photograph(transmission)
+    assert np.array_equal(made.pixels, pixels[:, ::-1]) and made.pixels.dtype == np.uint16
+    assert np.array_equal(made.alpha, like.alpha) and made.icc == icc
+    assert Image.open(transmission).getexif()[271] == "A camera"
+    assert read_photograph(before).icc == icc, "what the slider compares has the same colours"
 
 
 @pytest.fixture
@@ -178,11 +197,11 @@ def bad(photograph, tmp_path) -> dict[str, Path]:
     }
 
 
-def test_what_is_wrong_with_a_photograph_is_told_under_its_name(infer, bad, tmp_path, monkeypatch):
+def test_what_is_wrong_with_a_photograph_is_told_under_its_name(stand_in, bad, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
     for told, path in list(bad.items())[:3]:
         with pytest.raises(UserError) as error:
-            app.separate_file(infer.load_separator(tmp_path), path, tmp_path)
+            app.separate_upload(stand_in.load_separator(tmp_path), path, tmp_path)
         assert str(error.value).startswith(told)
 
 
@@ -387,7 +406,7 @@ def test_another_checkpoint_and_one_that_is_damaged(page, photograph):
             "first",
             "second",
             "damaged",
-            "dsrnet_xs, in the box",
+            "dsrnet_xs (bundled)",
         ]
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(name, Keys.ENTER)

@@ -1,6 +1,6 @@
 """A page for people: drop a photograph, get it without its reflection.
 
-    python tools/app.py                                            every checkpoints/*/best.pt, and the one in the box
+    python tools/app.py                                            every checkpoints/*/best.pt, and the bundled weights
     python tools/app.py --checkpoint dsrnet_l.pt mdsrnet_l.pt      these
     python tools/app.py --checkpoint published.pt --inet dsrnet_l --vgg_weights vgg19.pth
 
@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import PRETRAINED, separator_settings
-from options.arguments import gpu_list, positive_int
+from options import PRETRAINED, arguments, separator_settings
+from options.arguments import positive_int
 from util.errors import UserError
 from util.program import run
 
@@ -46,41 +46,35 @@ _HEIGHT = 360  # of the photograph and the reflection on the page
 _CSS = "#separate { max-width: 24em } footer { display: none !important }"
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; imports neither torch nor Gradio."""
     parser = argparse.ArgumentParser(
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                        help=f"to choose from (default: {CHECKPOINTS}, then the small network in the box)")  # fmt: skip
-    parser.add_argument("--inet", metavar="MODEL", help="the checkpoints' network (default: what they say themselves)")
-    parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE",
-                        help="VGG19's weights (default: what the checkpoint was trained with)")  # fmt: skip
-    parser.add_argument("--precision", choices=("fp32", "bf16", "auto"),
-                        help="auto: bf16 where the hardware multiplies it natively (default: as in the training, fp32 "
-                             "for published weights)")  # fmt: skip
-    parser.add_argument("--gpu_ids", type=gpu_list, metavar="ID",
-                        help="index of the GPU, -1 for the CPU (default: a GPU if there is one)")  # fmt: skip
-    parser.add_argument("--tile", type=positive_int, metavar="PIXELS",
-                        help="side of the tiles that larger photographs are separated in, a multiple of 16; "
-                             "small ones need less memory")  # fmt: skip
-    parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen at; 0.0.0.0: all see the page (default: 127.0.0.1)")  # fmt: skip
-    parser.add_argument("--port", type=int, default=7860, help="0: one that is free (default: 7860)")
-    parser.add_argument("--max_megabytes", type=positive_int, default=30, metavar="N",
-                        help="larger files are refused (default: 30)")  # fmt: skip
-    parser.add_argument("--max_megapixels", type=positive_int, default=24, metavar="N",
-                        help="larger photographs are refused (default: 24)")  # fmt: skip
-    parser.add_argument("--queue", type=positive_int, default=20, metavar="N",
-                        help="photographs that may wait; they are separated one at a time (default: 20)")  # fmt: skip
-    options = parser.parse_args(arguments)
-    if options.tile and options.tile % 16:
-        parser.error(f"--tile {options.tile}: must be a multiple of 16")
-    return options
+    arguments.add_weights(parser).add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=f"the weights to choose from (default: {CHECKPOINTS}, then the bundled {PRETRAINED.stem})",
+    )
+    arguments.add_tiles(parser)
+    arguments.add_device(parser, trained=True)
+    page = parser.add_argument_group("page")
+    page.add_argument("--host", default="127.0.0.1",
+                      help="address to listen at; 0.0.0.0: all see the page (default: 127.0.0.1)")  # fmt: skip
+    page.add_argument("--port", type=int, default=7860, help="0: one that is free (default: 7860)")
+    page.add_argument("--max_megabytes", type=positive_int, default=30, metavar="N",
+                      help="larger files are refused (default: 30)")  # fmt: skip
+    page.add_argument("--max_megapixels", type=positive_int, default=24, metavar="N",
+                      help="larger photographs are refused (default: 24)")  # fmt: skip
+    page.add_argument("--queue", type=positive_int, default=20, metavar="N",
+                      help="photographs that may wait; they are separated one at a time (default: 20)")  # fmt: skip
+    return parser.parse_args(argv)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    serve(parse(arguments))
+def main(argv: Sequence[str] | None = None) -> None:
+    serve(parse(argv))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -132,8 +126,8 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
     """Checkpoints by the names that the page shows.
 
     Args:
-        given: files, or None for all that runs have left under the current folder, the newest first, and the one in
-            the box.
+        given: files, or None for all that runs have left under the current folder, the newest first, and the bundled
+            one.
 
     Raises:
         UserError: a file is missing.
@@ -150,7 +144,7 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
 def _shown(path: Path) -> str:
     """A checkpoint's name on the page."""
     if path == PRETRAINED:
-        return f"{path.stem}, in the box"
+        return f"{path.stem} (bundled)"
     return path.parent.name if path.match(CHECKPOINTS) else str(path)
 
 
@@ -159,7 +153,7 @@ class Separators:
 
     Args:
         checkpoints: files by name.
-        options: the options of `tools.infer.load_separator`.
+        options: of `models.separator.load_separator`.
     """
 
     def __init__(self, checkpoints: dict[str, Path], options: argparse.Namespace):
@@ -174,7 +168,7 @@ class Separators:
         Raises:
             UserError: it can't be loaded.
         """
-        from tools.infer import load_separator
+        from models.separator import load_separator
 
         if self._loaded[0] != name:
             self._loaded = (None, None)  # frees the memory for the next
@@ -218,8 +212,8 @@ class Visits:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def separate_file(separator, path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
-    """Separate a photograph into files.
+def separate_upload(separator, path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
+    """Separate a photograph into files, as tools/infer.py does with --format png.
 
     Args:
         separator: of `Separators`.
@@ -227,29 +221,28 @@ def separate_file(separator, path: Path, folder: Path) -> tuple[Path, Path, Path
         folder: where the results go.
 
     Returns:
-        The photograph as it was read, its transmission, its reflection, and a line about them.
+        The photograph as browsers can show it, its transmission, its reflection, and a line about them.
 
     Raises:
         UserError: the file is not an image, damaged, or too large.
     """
+    import numpy as np
+
+    from tools.infer import Job, separate_file
     from util.device import enough_memory
-    from util.images import read_image, write_image
+    from util.photographs import as_type, write_photograph
 
     before = folder / f"{path.stem}.jpg"
     transmission, reflection = (folder / f"{path.stem}-{layer}.png" for layer in ("transmission", "reflection"))
-    with enough_memory(lambda: f"{path.name}: too large for the memory that is free here; scale it down"):
-        try:
-            mixture = read_image(path)
-        except UserError as error:
-            raise UserError(f"{path.name}: {str(error).removeprefix(f'{path}: ')}") from error
-        start = time.perf_counter()
-        separation = separator.separate(mixture)
-        seconds = time.perf_counter() - start
-        write_image(before, mixture)
-        write_image(transmission, separation.transmission)
-        write_image(reflection, separation.reflection)
-    height, width = mixture.shape[:2]
-    return before, transmission, reflection, f"{width} × {height} pixels in {seconds:.2f} s"
+    start = time.perf_counter()
+    try:
+        with enough_memory(lambda: f"{path.name}: too large for the memory that is free here; scale it down"):
+            photograph = separate_file(separator, Job(path, "png", {"t": transmission, "r": reflection}))
+            write_photograph(before, as_type(photograph.pixels, np.dtype(np.uint8)), photograph, "jpeg")
+    except UserError as error:
+        raise UserError(str(error).replace(f"{path.parent}{os.sep}", "")) from error
+    height, width = photograph.pixels.shape[:2]
+    return before, transmission, reflection, f"{width} × {height} pixels in {time.perf_counter() - start:.2f} s"
 
 
 def build_app(separators: Separators, folder: Path, options: argparse.Namespace) -> Callable:
@@ -286,21 +279,17 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
     """What is seen, and what happens when."""
     import gradio as gr
 
-    from data.demo import write_examples
-
-    def run(path: str | None, name: str, request: gr.Request):
+    def separate(path: str | None, name: str, request: gr.Request):
         if path is None:
             raise gr.Error("Drop a photograph first.", duration=None, print_exception=False)
         visits.end_old(_KEPT)
         try:
-            separator = separators.get(name)
-            before, transmission, reflection, told = separate_file(
-                separator, Path(path), visits.results(request.session_hash)
-            )
+            results = visits.results(request.session_hash)
+            before, transmission, reflection, line = separate_upload(separators.get(name), Path(path), results)
         except UserError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
         buttons = (gr.DownloadButton(value=file, interactive=True) for file in (transmission, reflection))
-        return (before, transmission), reflection, told, *buttons
+        return (before, transmission), reflection, line, *buttons
 
     def uploaded(path: str | None, request: gr.Request) -> None:
         if path:
@@ -316,51 +305,46 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
         )
         with gr.Row():
             with gr.Column():
-                photograph = gr.Image(
-                    label="Photograph",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    height=_HEIGHT,
-                    elem_id="photograph",
-                )
-                _take_files_only(photograph)
-                name = gr.Dropdown(separators.names, value=separators.names[0], label="Checkpoint")
-                button = gr.Button("Remove the reflection", variant="primary", elem_id="separate")
-                examples = [str(path) for path in write_examples(folder)]
-                gr.Examples(examples, photograph, label="Examples", cache_examples=False)
+                photograph, name, button = _inputs(separators.names, folder)
             with gr.Column():
-                slider = gr.ImageSlider(
-                    label="Before and after",
-                    type="filepath",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id="slider",
-                )
-                told = gr.Markdown(elem_id="told")
-                with gr.Row():
-                    downloads = [
-                        gr.DownloadButton(f"Download the {layer}", interactive=False, elem_id=f"download-{layer}")
-                        for layer in ("transmission", "reflection")
-                    ]
-                reflection = gr.Image(
-                    label="Reflection",
-                    type="filepath",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=_HEIGHT,
-                    elem_id="reflection",
-                )
+                outputs = _outputs()
         photograph.upload(uploaded, photograph, queue=False, show_progress="hidden", api_visibility="private")
-        button.click(
-            run,
-            [photograph, name],
-            [slider, reflection, told, *downloads],
-            show_progress_on=[slider],
-            api_visibility="private",
-        )
+        inputs = [photograph, name]
+        button.click(separate, inputs, outputs, show_progress_on=outputs[:1], api_visibility="private")
         page.unload(closed)
     return page.queue(max_size=options.queue, default_concurrency_limit=1)
+
+
+def _inputs(names: list[str], folder: Path) -> tuple:
+    """The photograph, the name of the checkpoint and the button; the examples below them."""
+    import gradio as gr
+
+    from data.demo import write_examples
+
+    photograph = gr.Image(label="Photograph", type="filepath", image_mode=None, sources=["upload", "clipboard"],
+                          height=_HEIGHT, elem_id="photograph")  # fmt: skip
+    _take_files_only(photograph)
+    name = gr.Dropdown(names, value=names[0], label="Checkpoint")
+    button = gr.Button("Remove the reflection", variant="primary", elem_id="separate")
+    examples = [str(path) for path in write_examples(folder)]
+    gr.Examples(examples, photograph, label="Examples", cache_examples=False)
+    return photograph, name, button
+
+
+def _outputs() -> list:
+    """The slider, the reflection, the line about them, and the two downloads."""
+    import gradio as gr
+
+    shown = {"type": "filepath", "interactive": False, "buttons": ["fullscreen"]}
+    slider = gr.ImageSlider(label="Before and after", elem_id="slider", **shown)
+    line = gr.Markdown()
+    with gr.Row():
+        downloads = [
+            gr.DownloadButton(f"Download the {layer}", interactive=False, elem_id=f"download-{layer}")
+            for layer in ("transmission", "reflection")
+        ]
+    reflection = gr.Image(label="Reflection", height=_HEIGHT, elem_id="reflection", **shown)
+    return [slider, reflection, line, *downloads]
 
 
 def _take_files_only(image) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.separator import Separator
+    from util.photographs import Photograph
 
 _KINDS = ("t", "r", "residue", "sidebyside")
 _PART = {"t": "transmission", "r": "reflection", "residue": "residue"}
@@ -89,7 +90,7 @@ def infer(options: Namespace) -> int:
         progress = Progress("separating", len(todo))
         for job in todo:
             try:
-                separate(separator, job)
+                separate_file(separator, job)
                 done += 1
             except UserError as error:
                 failed += 1
@@ -129,8 +130,11 @@ def find_jobs(options: Namespace) -> list[Job]:
     return kept
 
 
-def separate(separator: "Separator", job: Job) -> None:
+def separate_file(separator: "Separator", job: Job) -> "Photograph":
     """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
+
+    Returns:
+        The photograph.
 
     Raises:
         UserError: it can't be read, separated or written.
@@ -165,6 +169,7 @@ def separate(separator: "Separator", job: Job) -> None:
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be made: {error.strerror}") from error
         write_photograph(path, images[kind], photograph, job.form)
+    return photograph
 
 
 def _load(options: Namespace) -> "Separator":

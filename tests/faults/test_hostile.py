@@ -136,12 +136,12 @@ def test_names_of_sets_and_options_become_text(tmp_path):
 
 def test_too_little_memory_for_an_upload_is_told(tmp_path):
     class Greedy:
-        def separate(self, image):
+        def bands(self, image, wanted, watch):
             return np.empty(2**60, np.uint8)
 
     write_image(tmp_path / "photograph.png", np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(UserError, match=r"^photograph\.png: too large for the memory that is free here; scale it down"):
-        app.separate_file(Greedy(), tmp_path / "photograph.png", tmp_path)
+        app.separate_upload(Greedy(), tmp_path / "photograph.png", tmp_path)
 
 
 def test_what_a_killed_app_has_left_goes_when_the_next_one_starts(tmp_path):
