@@ -100,7 +100,9 @@ def test_tensorboard_has_curves_panels_and_options(finished):
 
 def test_files_of_a_run(finished):
     written = yaml.safe_load((finished / "options.yaml").read_text())
-    assert written["ema"] == 0.9 and written["comment"] == "a test"
+    assert written["ema"] == 0.9 and "comment" not in written and "resume" not in written
+    (start,) = map(json.loads, (finished / "starts.jsonl").read_text().splitlines())
+    assert start["comment"] == "a test" and start["name"] == "four" and start["torch"] == torch.__version__
     assert (finished / "panels/demo_clip.png").stat().st_size > 1000
     names = sorted(path.name for path in finished.glob("*.pt"))
     assert names == ["best.pt", "epoch_002.pt", "epoch_004.pt", "good.pt", "last.pt", "previous.pt"]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from tools import report
@@ -326,6 +325,6 @@ def test_what_the_browser_shows_of_hostile_texts_is_text(opened, finished):
     assert opened.find_element("css selector", "header p").text == " ".join(COMMENT.replace("\u2028", " ").split())
     assert opened.execute_script("return document.querySelectorAll('img').length") == 2 * 8
     assert opened.execute_script("return document.querySelectorAll('script:not([type])').length") == 1
-    assert yaml.safe_load((finished / "options.yaml").read_text())["comment"] == COMMENT
+    assert read_run(finished).comment == COMMENT
     loaded = opened.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert all(name.startswith("data:") for name in loaded)

@@ -88,6 +88,34 @@ def test_seeds_are_one_row_with_mean_and_spread(runs, tmp_path, capsys):
     assert set(rows_of(runs, tmp_path)) == {"a", "deep/b", "c", "s1", "s2", "s3", "s4", "lr"}
 
 
+def test_every_start_is_recorded_and_the_latest_comment_shown(tmp_path):
+    runs = tmp_path / "runs"
+    for more in (["--comment", "first"], ["--comment", "second", "--resume"], ["--resume"]):
+        leave(runs / "a", {1: {"mine": 20}}, *more)
+    run = read_run(runs / "a")
+    assert [(start["comment"], start["resume"]) for start in run.starts] == [
+        ("first", None), ("second", "must"), ("", "must"),
+    ]  # fmt: skip
+    assert rows_of(runs, tmp_path)["a"]["comment"] == "second"
+    assert not {"comment", "resume", "config", "name", "checkpoints_dir"} & set(run.options)
+
+
+def test_the_comment_of_a_run_of_an_older_version_stays(tmp_path):
+    """It kept the latest start in options.yaml alone."""
+    runs = tmp_path / "runs"
+    leave(runs / "a", {1: {"mine": 20}})
+    (runs / "a/starts.jsonl").unlink()
+    old = (
+        "# 'as it was', started 2026-01-02 03:04:05, torch 2.11, Linux\ncomment: as it was\nnEpochs: 25\nresume: must\n"
+    )
+    (runs / "a/options.yaml").write_text(old)
+    row = rows_of(runs, tmp_path)["a"]
+    assert (row["comment"], row["started"]) == ("as it was", "2026-01-02 03:04:05")
+    leave(runs / "a", {2: {"mine": 21}}, "--resume")
+    assert rows_of(runs, tmp_path)["a"]["comment"] == "as it was"
+    assert read_run(runs / "a").starts[0]["torch"] == "2.11"
+
+
 def test_what_is_kept_of_a_run_is_no_recipe(tmp_path):
     """Runs that differ in their seed and in options that train nothing else are one over their seeds."""
     runs = tmp_path / "runs"

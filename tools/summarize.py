@@ -97,7 +97,7 @@ def row(run, root: Path) -> dict:
         "aligned": bool(run.options.get("if_align")),
         "hours": run.hours,
         "disk": run.disk,
-        "started": run.started,
+        "started": run.of_start("started"),
     }
 
 

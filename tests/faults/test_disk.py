@@ -64,6 +64,7 @@ KINDS = {
     "panel": "panels",
     "picture": "images",
     "options": "options.yaml",
+    "starts": "starts.jsonl",
     "lock": "lock",
 }
 

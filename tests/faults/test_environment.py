@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -49,7 +48,7 @@ def test_no_home_no_terminal_another_zone_and_locale_nobody_listening(locale, us
     process.stdout.close()
     assert process.wait(timeout=200) == 0
     assert same(state_of(tmp_path / "odd"), state_of(usual))
-    assert yaml.safe_load((tmp_path / "odd/options.yaml").read_text(encoding="utf-8"))["comment"] == COMMENT
+    assert read_run(tmp_path / "odd").comment == COMMENT
 
 
 def test_a_clock_that_goes_backwards(usual, tiny_data, tmp_path, monkeypatch):

@@ -291,7 +291,9 @@ ENTRIES = st.one_of(
 TEXTS = st.one_of(ENTRIES.map(json.dumps).map(str.encode), st.binary(max_size=30), st.just(b"[" * 100000))
 LINES = st.lists(TEXTS, max_size=6).map(b"\n".join)
 HEAD = b"# '', started 2026-01-01 00:00:00, torch 2.11, Linux\n"
-RUNS = st.tuples(LINES, st.one_of(YAML, YAML.map(HEAD.__add__)), st.binary(max_size=60))
+STARTS = st.one_of(st.just(b""), LINES, st.builds(lambda comment: json.dumps({"comment": comment}).encode(), VALUES))
+RUNS = st.tuples(LINES, st.one_of(YAML, YAML.map(HEAD.__add__)), st.binary(max_size=60), STARTS)
+FILES = ("metrics.jsonl", "options.yaml", "events.out.tfevents.1", "starts.jsonl")
 
 
 @pytest.mark.parametrize("cases", MANY)
@@ -300,10 +302,10 @@ def test_any_run(cases, tmp_path, capsys):
     folder.mkdir(parents=True)
     parsed = parse_train(["--base_dir", "."])
 
-    def test(files: tuple[bytes, bytes, bytes]) -> None:
+    def test(files: tuple[bytes, ...]) -> None:
         for path in folder.glob("events*"):
             path.unlink()
-        for name, content in zip(("metrics.jsonl", "options.yaml", "events.out.tfevents.1"), files, strict=True):
+        for name, content in zip(FILES, files, strict=True):
             (folder / name).write_bytes(content)
         table(read_metrics(folder))
         run = read_run(folder)

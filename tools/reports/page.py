@@ -126,11 +126,12 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
     }
     speed, memory = values.get("images per second"), values.get("peak memory, GiB")
     evaluations = [line.get("seconds", 0) for epoch in run.epochs if (line := run.line("average", epoch))]
+    machine = run.of_start("machine")
     facts = [
         ("model", run.model),
         ("epochs", f"{run.epochs[-1] if run.epochs else 0} of {run.epochs_wanted}"),
-        ("started", run.started),
-        ("machine", f"{run.machine}, torch {run.torch}" if run.machine else ""),
+        ("started", run.of_start("started")),
+        ("machine", f"{machine}, torch {run.of_start('torch')}" if machine else ""),
         ("time", f"{run.hours:.2f} hours, evaluations included" if run.hours is not None else ""),
         ("evaluation", f"{statistics.median(evaluations):.0f} s an epoch" if evaluations else ""),
         ("training speed", f"{statistics.median(speed):.2f} images per second (median)" if speed else ""),

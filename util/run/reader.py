@@ -19,6 +19,8 @@ from util.errors import UserError
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 SCORES = METRICS[:2]
 
+STARTS = "starts.jsonl"
+
 _MARKS = ("options.yaml", "metrics.jsonl", "last.pt", "best.pt")
 _EVENTS = "events.out.tfevents.*"
 _HEAD = re.compile(r"# .*, started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), torch ([^\s,]+), (.+)")
@@ -31,16 +33,15 @@ class Run:
     Attributes:
         folder: where it lies.
         options: of options.yaml, empty where there is none that can be read.
-        started, torch, machine: when its latest start was, with which torch, on what; empty if unknown.
+        starts: how each start was made, the oldest first: when (`started`), with which `torch`, on which `machine`, and
+            the options that describe a start, such as its `comment`.
         lines: those of metrics.jsonl that are whole.
         problems: what could not be read, in words.
     """
 
     folder: Path
     options: dict[str, object] = field(default_factory=dict)
-    started: str = ""
-    torch: str = ""
-    machine: str = ""
+    starts: list[dict[str, object]] = field(default_factory=list)
     lines: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -51,8 +52,12 @@ class Run:
 
     @property
     def comment(self) -> str:
-        """What the run is, in its owner's words."""
-        return str(self.options.get("comment") or "")
+        """What the run is, in its owner's words; those of the latest start that has any."""
+        return next((str(start["comment"]) for start in reversed(self.starts) if start.get("comment")), "")
+
+    def of_start(self, what: str) -> str:
+        """A value of the latest start; empty if unknown."""
+        return str(self.starts[-1].get(what) or "") if self.starts else ""
 
     @property
     def sets(self) -> list[str]:
@@ -147,6 +152,7 @@ def find_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Read a run's folder; what is damaged is listed in its `problems`."""
     run = Run(folder)
+    run.starts = [line for line in _json_lines(folder / STARTS) if isinstance(line, dict)]
     _read_options(run)
     _read_lines(run)
     return run
@@ -167,8 +173,9 @@ def _read_options(run: Run) -> None:
         run.problems.append("options.yaml: no lines of the form 'option: value'")
         return
     run.options = {str(key): value for key, value in options.items() if _is_plain(value)}
-    if head := _HEAD.match(text):
-        run.started, run.torch, run.machine = head.groups()
+    if not run.starts and (head := _HEAD.match(text)):  # of an older version, which kept the latest start here
+        run.starts = [dict(zip(("started", "torch", "machine"), head.groups(), strict=True))]
+        run.starts[0]["comment"] = run.options.get("comment")
 
 
 def _read_lines(run: Run) -> None:
@@ -187,12 +194,16 @@ def _read_lines(run: Run) -> None:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The whole lines of a run's metrics.jsonl: one cut short by a kill, or damaged, is left out."""
-    path = folder / "metrics.jsonl"
+    return [line for line in _json_lines(folder / "metrics.jsonl") if _is_whole(line)]
+
+
+def _json_lines(path: Path) -> list[object]:
+    """The values of a file's lines, without the lines that can't be read; none where there is no file."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
-    return [line for line in lines if _is_whole(line)]
+    return lines
 
 
 def _is_whole(line: object) -> bool:

@@ -1,7 +1,8 @@
-"""The one record of a run: what it was told, what it measured, what it made.
+"""The one record of a run: its options, its starts, what it measured, what it made.
 
-In the run's folder: options.yaml, metrics.jsonl (a line per epoch and set), per_image/epoch_NNN.csv, panels/ (the
-newest picture of each set) and TensorBoard's events. Everything that shows or compares runs reads these.
+In the run's folder: options.yaml, starts.jsonl (a line per start), metrics.jsonl (a line per epoch and set),
+per_image/epoch_NNN.csv, panels/ (the newest picture of each set) and TensorBoard's events. Everything that shows or
+compares runs reads these.
 """
 
 import argparse
@@ -22,10 +23,12 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from options import as_text
+from options.config import RECORDED
+from options.parser import START
 from util import disk
 from util.images import write_image
 from util.published import AVERAGED_SETS
-from util.run.reader import METRICS, read_metrics
+from util.run.reader import METRICS, STARTS, read_metrics, read_run
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _EVENTS = "events.out.tfevents."
@@ -36,7 +39,7 @@ class Record:
 
     Args:
         folder: of the run; made if missing.
-        options: written to options.yaml.
+        options: those that describe the run go to options.yaml, those of this start to starts.jsonl.
         epochs_done: how many epochs the record may hold; lines of later ones, which a resumed run repeats, go.
         step: steps of the optimiser that are done; TensorBoard's points of later ones, which are repeated, too, go.
         active: whether this process writes.
@@ -50,11 +53,14 @@ class Record:
         for part in ("per_image", "panels"):
             with disk.writing(folder / part):
                 (folder / part).mkdir(parents=True, exist_ok=True)
-        head = f"# {options.comment!r}, started {time.strftime('%Y-%m-%d %H:%M:%S')}, torch {torch.__version__}, "
-        head += f"{platform.platform()}\n"
-        text = yaml.safe_dump(as_text(options), sort_keys=True, allow_unicode=True)
+        start = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": str(torch.__version__)}
+        start |= {"machine": platform.platform()} | as_text(options, [START])
+        starts = [*read_run(folder).starts, start]
+        with disk.replacing(folder / STARTS) as path:
+            path.write_text("".join(json.dumps(each) + "\n" for each in starts), encoding="utf-8")
+        text = yaml.safe_dump(as_text(options, RECORDED), sort_keys=True, allow_unicode=True)
         with disk.replacing(folder / "options.yaml") as path:
-            path.write_text(head + text, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
         self.metrics_path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(folder) if line["epoch"] <= epochs_done]
         measured = {line["set"] for line in lines if line["estimate"] == "model"}  # its input is measured just before
