@@ -115,7 +115,7 @@ class Engine:
             self.norms = BlockNorms(blocks)
         self.record: Record | None = None
         if options.compile != "off":
-            _compile(self.model, graphs=options.compile == "graphs", device=self.device)
+            self.model.compile_step(graphs=options.compile == "graphs")
         self.step_model = self.model
         if world.size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
@@ -523,20 +523,6 @@ class Engine:
         self._stop_for(troubles[0] if troubles else None)
         rows = [{"name": image_name} | metrics for image_name, metrics in done if image_name]
         return sorted(rows, key=lambda row: row["name"]), panels
-
-
-def _compile(model: nn.Module, graphs: bool, device: torch.device) -> None:
-    """Have the whole training step compiled when it first comes.
-
-    Raises:
-        UserError: nothing can be compiled here.
-    """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # whatever an installation can get wrong
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"--compile: torch.compile doesn't work here; leave it out ({reason[0]})") from error
-    model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 class _Window:

@@ -1,4 +1,4 @@
-"""DSRNetModel: network, VGG19 and losses together: one training step, one prediction."""
+"""DSRNetModel: network, VGG19 and losses together; one training step, one prediction."""
 
 import argparse
 import importlib
@@ -8,18 +8,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.arch import create_model
-from models.arch.dsrnet import STRIDE
 from models.vgg import Vgg19
 from models.weights import load_weights
+from options.arguments import STRIDE
+from util.errors import UserError
 
 
 class DSRNetModel(nn.Module):
-    """The network with all that its training and its use need.
+    """The network with everything that its training and its use need.
 
     Args:
-        network: net(image, features) -> (transmission, reflection, residue).
-        vgg: VGG19, for the network's features; the loss has it, too. None for a network with a stem of its own.
-        loss: (transmission, reflection, residue, image, target_t, target_r) -> dict of weighted terms.
+        network: net(mixture, features) -> (transmission, reflection, residue).
+        vgg: VGG19, for the network's features; the loss uses it, too. None for a network with a stem of its own.
+        loss: (transmission, reflection, residue, mixture, target_t, target_r) -> dict of weighted terms. None for a
+            model that is not trained.
         bf16: run the network and VGG19 under autocast to bfloat16.
     """
 
@@ -30,38 +32,55 @@ class DSRNetModel(nn.Module):
         self.loss = loss
         self.bf16 = bf16
 
-    def forward(self, image: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the loss of a batch, (B, 3, H, W) each, H and W multiples of 16."""
-        image = image.contiguous(memory_format=torch.channels_last)
-        with self._autocast(image):
-            return self.loss(*self.network(image, self._features(image)), image, target_t, target_r)
+    def forward(self, mixture: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of a batch's loss; the images are (B, 3, H, W), H and W multiples of 16."""
+        mixture = mixture.contiguous(memory_format=torch.channels_last)
+        with self._autocast(mixture):
+            return self.loss(*self.network(mixture, self._features(mixture)), mixture, target_t, target_r)
 
-    @torch.no_grad()
-    def predict(self, image: Tensor, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Separate mixtures of any size: padded at the edge to multiples of 16, cropped back.
+    def compile_step(self, graphs: bool) -> None:
+        """Compile the whole training step when it is first called.
 
         Args:
-            image: (B, 3, H, W) in [0, 1].
-            network: another one to use, such as a moving average.
+            graphs: also record it as CUDA graphs.
+
+        Raises:
+            UserError: torch.compile doesn't work here.
+        """
+        device = next(self.parameters()).device
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        except Exception as error:  # whatever an installation can get wrong
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--compile: torch.compile doesn't work here; leave it out ({reason[0]})") from error
+        self.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
+
+    @torch.no_grad()
+    def predict(self, mixture: Tensor, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Separate mixtures of any size: padded with their edge pixels to multiples of 16, and cropped back.
+
+        Args:
+            mixture: (B, 3, H, W) in [0, 1].
+            network: the network to use instead of the model's own, such as a moving average.
 
         Returns:
             Transmission, reflection and residue, (B, 3, H, W) float32, not clipped.
         """
-        height, width = image.shape[-2:]
-        image = F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-        image = image.contiguous(memory_format=torch.channels_last)
-        with self._autocast(image):
-            outputs = (network or self.network)(image, self._features(image))
+        height, width = mixture.shape[-2:]
+        mixture = F.pad(mixture, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        mixture = mixture.contiguous(memory_format=torch.channels_last)
+        with self._autocast(mixture):
+            outputs = (network or self.network)(mixture, self._features(mixture))
         return tuple(output.float()[..., :height, :width] for output in outputs)
 
-    def _features(self, image: Tensor) -> list[Tensor] | None:
+    def _features(self, mixture: Tensor) -> list[Tensor] | None:
         if not self.network.wants_features:
             return None
         with torch.no_grad():
-            return self.vgg(image)
+            return self.vgg(mixture)
 
-    def _autocast(self, image: Tensor) -> torch.autocast:
-        return torch.autocast(image.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+    def _autocast(self, mixture: Tensor) -> torch.autocast:
+        return torch.autocast(mixture.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
 def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:

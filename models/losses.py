@@ -69,7 +69,7 @@ class ReflectionLoss(nn.Module):
     """The terms whose sum is minimised.
 
     Args:
-        vgg: see `PerceptualLoss`; None where that term is left out.
+        vgg: as of `PerceptualLoss`; None where that term is left out.
         lambda_vgg: weight of the perceptual term; 0 leaves it out.
         lambda_rec: weight of the reconstruction term.
         lambda_excl: weight of the exclusion term.
@@ -96,7 +96,7 @@ class ReflectionLoss(nn.Module):
         transmission: Tensor,
         reflection: Tensor,
         residue: Tensor,
-        image: Tensor,
+        mixture: Tensor,
         target_t: Tensor,
         target_r: Tensor,
     ) -> dict[str, Tensor]:
@@ -104,12 +104,12 @@ class ReflectionLoss(nn.Module):
         perceptual = {}
         if self.perceptual:  # under autocast, as the network itself
             perceptual["vgg"] = self.lambda_vgg * self.perceptual(transmission, target_t)
-        with torch.autocast(image.device.type, enabled=False):
+        with torch.autocast(mixture.device.type, enabled=False):
             t, r, rest = transmission.float(), reflection.float(), residue.float()
             return {
                 "t_pixel": pixel_loss(t, target_t, self.lambda_mse),
                 "r_pixel": pixel_loss(r, target_r, self.lambda_mse),
                 **perceptual,
                 "exclusion": self.lambda_excl * exclusion_loss(t, r),
-                "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, image),
+                "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, mixture),
             }

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import tiles
 from models.arch import create_model, list_models
 from models.dsrnet_model_sirs import DSRNetModel
 from models.vgg import Vgg19
 from models.weights import architecture_of, load_weights
-from util import tiles
+from options.arguments import STRIDE
 from util.device import available_memory, enough_memory, wants_bf16
 from util.distributed import join
 from util.errors import UserError
@@ -45,7 +46,7 @@ class Separation:
 
 
 class Separator:
-    """Separates images of any size; larger ones than a tile in tiles that are blended (see `util.tiles`).
+    """Separates images of any size; larger ones than a tile in tiles that are blended (see `models.tiles`).
 
     Args:
         model: with the weights it is to use, on the device where it is to run.
@@ -74,13 +75,13 @@ class Separator:
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.tile = tile or default_tile(model, self.device)
-        quarter = max(tiles.ALIGNMENT, self.tile // 4 // tiles.ALIGNMENT * tiles.ALIGNMENT)
+        quarter = max(STRIDE, self.tile // 4 // STRIDE * STRIDE)
         self.overlap = overlap or min(quarter, _USUAL_OVERLAP)
         self.self_ensemble = self_ensemble
         self.inet, self.epoch = inet, epoch
-        if self.tile % tiles.ALIGNMENT or self.overlap % tiles.ALIGNMENT or not 0 < 2 * self.overlap <= self.tile:
+        if self.tile % STRIDE or self.overlap % STRIDE or not 0 < 2 * self.overlap <= self.tile:
             raise UserError(
-                f"--tile {self.tile} and --overlap {self.overlap}: must be multiples of {tiles.ALIGNMENT}, "
+                f"--tile {self.tile} and --overlap {self.overlap}: must be multiples of {STRIDE}, "
                 "the tile at least twice the overlap"
             )
 
@@ -119,7 +120,7 @@ class Separator:
         Args:
             image: as of `separate`.
             wanted: of PARTS.
-            watch: as of `util.tiles.blend`, which also says what is yielded.
+            watch: as of `models.tiles.blend`, which also says what is yielded.
         """
         _check(image)
         indices = [PARTS.index(part) for part in wanted]
@@ -133,7 +134,7 @@ class Separator:
     def _separate(self, image: Tensor) -> Sequence[Tensor]:
         """(1, 3, H, W) to three of them."""
         height, width = image.shape[-2:]
-        smaller = max(tiles.ALIGNMENT, max(height, width) // 2 // 16 * 16)
+        smaller = max(STRIDE, max(height, width) // 2 // STRIDE * STRIDE)
         with enough_memory(
             lambda: f"not enough memory to separate {width}x{height} pixels at once: use --tile {smaller} or less"
         ):
@@ -196,7 +197,7 @@ def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> 
 def default_tile(model: DSRNetModel, device: torch.device) -> int:
     """The side of a square that half of the device's free memory is enough for, within reason."""
     pixels = _SHARE * available_memory(device) / _BYTES_PER_PIXEL[model.bf16]
-    side = int(math.sqrt(max(pixels, 0))) // tiles.ALIGNMENT * tiles.ALIGNMENT
+    side = int(math.sqrt(max(pixels, 0))) // STRIDE * STRIDE
     return min(max(side, _LEAST_TILE), _MOST_TILE)
 
 

@@ -12,8 +12,8 @@ from util.errors import UserError
 from util.run import checkpoint
 
 _WHERE = ("ema", "network", "weight", "state_dict", "model", "icnn")  # a state dict is found in a checkpoint
-_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_KINDS += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 # Published parameter names to ours, applied one after the other to what is left of the name. The published code
 # names a layer by its position in nested nn.Sequential.
@@ -154,7 +154,7 @@ def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
 
 def _is_plain(value: object) -> bool:
     """Whether it is a tensor such as a network may have: neither sparse nor without values nor of rare types."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.dtype in _KINDS
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.dtype in _DTYPES
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

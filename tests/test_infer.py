@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import separator as separators
-from models import weights
+from models import tiles, weights
 from models.arch import create_model, list_models
 from models.separator import Separator, load_separator
 from models.weights import architecture_of
 from options import parse_infer
+from options.arguments import STRIDE
 from tests.conftest import GOLDEN, children_seconds, published_state
 from tests.test_images import UPRIGHT, chunk
 from tools import infer
-from util import photographs, program, tiles
+from util import photographs, program
 from util.errors import UserError
 from util.photographs import read_photograph
 
@@ -117,7 +118,7 @@ def test_tiles_cover_everything_and_their_weights_sum_to_one(tile, overlap):
     for length in [*range(1, 400), 1025, 9000, 12000]:
         spans = tiles.spans(length, tile, overlap)
         assert spans[0][0] == 0 and spans[-1][1] == length
-        assert all(end - start <= tile and start % tiles.ALIGNMENT == 0 for start, end in spans)
+        assert all(end - start <= tile and start % STRIDE == 0 for start, end in spans)
         assert all(end - following >= min(overlap, tile) for (_, end), (following, _) in pairwise(spans))
         total = np.zeros(length)
         for (start, end), weight in zip(spans, tiles.weights(spans), strict=True):

@@ -11,6 +11,7 @@ from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.fused import mutual_gate
 from models.arch.lrm import LearnableResidue
+from models.arch.plain import plain_forward
 from models.dsrnet_model_sirs import DSRNetModel, build
 from models.losses import ReflectionLoss
 from models.vgg import Vgg19
@@ -18,7 +19,6 @@ from models.weights import load_weights, translate
 from options import parse_train
 from tests.conftest import GOLDEN, golden, published_state, relative_error
 from tests.golden.fill import fill, image, pyramid, rng
-from tests.plain import plain_forward
 from tools.inspection.costs import costs, kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.scan import available_backends, backends, causal_conv1d, selective_scan, set_backend
-from models.scan.reference import selective_scan_reference
+from models.scan.backends.reference import selective_scan_reference
 from tests.golden.fill import rng
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,9 +59,9 @@ def small_tiles():
     if INTERPRETED:
         from triton.runtime.interpreter import ScanOps
 
-        from models.scan import gpu
+        from models.scan.backends import triton
 
-        gpu.CHUNK, gpu.CHANNELS, gpu.CHUNKS_AT_ONCE, gpu.PAIRS = 32, 16, 4, 64
+        triton.CHUNK, triton.CHANNELS, triton.CHUNKS_AT_ONCE, triton.PAIRS = 32, 16, 4, 64
         ScanOps.generic_scan = scan_rows_at_once
     yield
 
@@ -326,7 +326,7 @@ def test_special_functions():
     """exp2, softplus and sigmoid of the CPU kernels against float64, and that they fill vector registers."""
     import numba
 
-    from models.scan import cpu
+    from models.scan.backends import cpu
 
     @numba.njit
     def evaluate(function, source, target, rows):
@@ -417,6 +417,8 @@ def test_first_call_may_be_a_fake_one(fresh_choice):
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
+    import models.scan.flops  # noqa: F401  registers the formulas
+
     batch, d, length, n = 2, 3, 5, 4
     inputs = {name: t.requires_grad_() for name, t in random_inputs(batch, d, length, n).items()}
     with FlopCounterMode(display=False) as counter:
@@ -443,8 +445,8 @@ class TestChoice:
 
     def test_without_numba(self, fresh_choice, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
-        monkeypatch.delitem(sys.modules, "models.scan.cpu", raising=False)
-        monkeypatch.delattr("models.scan.cpu", raising=False)
+        monkeypatch.delitem(sys.modules, "models.scan.backends.cpu", raising=False)
+        monkeypatch.delattr("models.scan.backends.cpu", raising=False)
         assert "numba" in available_backends("cpu")["cpu"]
         selective_scan(*random_inputs(1, 2, 3, 2).values())
         with pytest.raises(RuntimeError, match=r"'cpu' can't run on cpu tensors: .*numba"):

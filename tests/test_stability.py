@@ -141,7 +141,7 @@ def test_why_v1_blows_up(step):
     def spread(block, size: float) -> float:
         torch.manual_seed(0)
         x = size * torch.randn(2, 64, 16, 16)
-        d = block.first(x) if step == 1 else block.second(x)
+        d = block.step1(x) if step == 1 else block.step2(x)
         project, gate = (block.project1, block.gates[0]) if step == 1 else (block.project2, block.gates[1])
         attention = block.attention if step == 1 else None
         added = gate_project_add(d, torch.zeros_like(x), project, torch.ones(1, 64), gate, attention)

@@ -18,17 +18,17 @@ _TINY_MAMBA = {"encoder": (1, 1), "middle": 2, "decoder": (1, 1), "stem": (24, 4
 
 
 def dsrnet_xs() -> DSRNet:
-    """DSRNet with a stem of its own in the place of VGG19, for laptops: 1.8 M parameters."""
+    """DSRNet with a stem of its own instead of VGG19, for laptops: 1.8 M parameters."""
     return DSRNet(**_TINY | _TINY_CONVOLUTIONS)
 
 
 def dsrnet_no_residue_xs() -> DSRNet:
-    """dsrnet_xs without residue, to study what it is good for."""
+    """dsrnet_xs without residue, to study what the residue is good for."""
     return DSRNet(**_TINY | _TINY_CONVOLUTIONS | {"residue": None})
 
 
 def dsrnet_frozen_stem_xs() -> DSRNet:
-    """dsrnet_xs whose stem stays as it was drawn, to study what learning it is good for."""
+    """dsrnet_xs whose stem keeps its random weights, to study what learning the stem is good for."""
     network = dsrnet_xs()
     network.stem.requires_grad_(False)
     return network
@@ -82,7 +82,7 @@ def mdsrnet_m() -> DSRNet:
 
 
 def mdsrnet_l() -> DSRNet:
-    """M2DSRNet: Mamba in the place of channel attention in the U-Net, 209.1 M parameters."""
+    """M2DSRNet: Mamba instead of channel attention in the U-Net, 209.1 M parameters."""
     return DSRNet(**_LARGE, block=MuGIM2)
 
 
@@ -107,7 +107,7 @@ def mdsrnet_v1_s() -> DSRNet:
 
 
 def mdsrnet_v1_l() -> DSRNet:
-    """MDSRNet v1: Mamba in the place of norm and expansion, 262.5 M parameters. Trains badly."""
+    """MDSRNet v1: Mamba instead of norm and expansion, 262.5 M parameters. Trains badly."""
     return DSRNet(**_LARGE, block=MuGIM)
 
 

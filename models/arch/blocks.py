@@ -1,8 +1,8 @@
 """The blocks: MuGI (DSRNet, ICCV 2023, section 3.2), its relatives with Mamba, and NAF (Chen et al. 2022).
 
-A dual-stream feature is one tensor of 2B images, the B transmissions first, then the B reflections. Every layer is
-shared by both streams, so it is an ordinary layer called once. Only the mutual gates and the per-stream scales know
-that there are two.
+A dual-stream feature is one tensor of 2B images, the B transmissions first, then the B reflections. Both streams share
+every layer, so it is an ordinary layer called once. Only the mutual gates and the per-stream scales know that there are
+two streams.
 
 Every block is two residual steps, x + a * project1(...) and x + b * project2(...), that differ in what is projected:
 
@@ -33,7 +33,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class StreamScale(nn.ParameterList):
-    """A learnt scale of each channel, (1, C, 1, 1), 0 at the start: one for all images or one a stream."""
+    """Learnt scales of the channels, (1, C, 1, 1) each, 0 at the start: one for all images, or one for each stream."""
 
     def __init__(self, channels: int, streams: int):
         super().__init__(nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(streams))
@@ -44,7 +44,7 @@ class StreamScale(nn.ParameterList):
 
 
 class Block(nn.Module, ABC):
-    """The two residual steps; a subclass says what goes into them.
+    """The two residual steps; a subclass computes what goes into them.
 
     Args:
         channels: C.
@@ -56,7 +56,7 @@ class Block(nn.Module, ABC):
     gates: tuple[Gate, Gate] = ("mutual", "mutual")
     attends = True
     checkpointed = False
-    """Whether only the input is kept for the backward pass, which computes the rest again."""
+    """Whether the block keeps only its input for the backward pass, which computes the rest again."""
 
     def __init__(self, channels: int, split: bool = True):
         super().__init__()
@@ -67,12 +67,12 @@ class Block(nn.Module, ABC):
         self.project2 = nn.Conv2d(channels, channels, 1)
 
     @abstractmethod
-    def first(self, x: Tensor) -> Tensor:
-        """What the first step gates, attends to and projects."""
+    def step1(self, x: Tensor) -> Tensor:
+        """What the first residual step gates, attends to and projects."""
 
     @abstractmethod
-    def second(self, x: Tensor) -> Tensor:
-        """What the second step gates and projects."""
+    def step2(self, x: Tensor) -> Tensor:
+        """What the second residual step gates and projects."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
@@ -81,8 +81,8 @@ class Block(nn.Module, ABC):
         return self._steps(x)
 
     def _steps(self, x: Tensor) -> Tensor:
-        x = gate_project_add(self.first(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
-        return gate_project_add(self.second(x), x, self.project2, self.b.rows(), self.gates[1])
+        x = gate_project_add(self.step1(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
+        return gate_project_add(self.step2(x), x, self.project2, self.b.rows(), self.gates[1])
 
 
 class MuGI(Block):
@@ -96,10 +96,10 @@ class MuGI(Block):
         self.norm2 = ChannelNorm(channels)
         self.expand2 = nn.Conv2d(channels, 2 * channels, 1)
 
-    def first(self, x: Tensor) -> Tensor:
+    def step1(self, x: Tensor) -> Tensor:
         return self.depthwise(norm_project(x, self.norm1, self.expand1))  # (2B, 2C, H, W)
 
-    def second(self, x: Tensor) -> Tensor:
+    def step2(self, x: Tensor) -> Tensor:
         return norm_project(x, self.norm2, self.expand2)  # (2B, 2C, H, W)
 
 
@@ -110,26 +110,26 @@ class NAF(MuGI):
 
 
 class MuGIM2(MuGI):
-    """MuGI with an image Mamba in the place of channel attention (M2DSRNet).
+    """MuGI with an image Mamba instead of channel attention (M2DSRNet).
 
     Args:
         channels, split: as of `Block`.
-        order, shared: as of `ImageMamba`.
+        order: as of `ImageMamba`.
     """
 
     gates = ("none", "mutual")
     attends = False
 
-    def __init__(self, channels: int, split: bool = True, order: Order = "raster", shared: bool = False):
+    def __init__(self, channels: int, split: bool = True, order: Order = "raster"):
         super().__init__(channels, split)
-        self.mamba = ImageMamba(channels, order, shared)
+        self.mamba = ImageMamba(channels, order)
 
-    def first(self, x: Tensor) -> Tensor:
-        return self.mamba(mutual_gate(super().first(x)))  # (2B, C, H, W)
+    def step1(self, x: Tensor) -> Tensor:
+        return self.mamba(mutual_gate(super().step1(x)))  # (2B, C, H, W)
 
 
 class MuGIM(Block):
-    """An image Mamba and a grouped convolution in the place of norm and expansion (MDSRNet v1)."""
+    """An image Mamba and a grouped convolution instead of norm and expansion (MDSRNet v1)."""
 
     def __init__(self, channels: int, split: bool = True):
         super().__init__(channels, split)
@@ -138,10 +138,10 @@ class MuGIM(Block):
             nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=channels) for _ in range(2)
         )
 
-    def first(self, x: Tensor) -> Tensor:
+    def step1(self, x: Tensor) -> Tensor:
         return self.expand1(self.mamba1(x))  # (2B, 2C, H, W)
 
-    def second(self, x: Tensor) -> Tensor:
+    def step2(self, x: Tensor) -> Tensor:
         return self.expand2(self.mamba2(x))  # (2B, 2C, H, W)
 
 
@@ -173,8 +173,8 @@ class MuGIMG(Block):
         self.expand2 = nn.Conv2d(channels, channels, 1)
         self.gate2 = MambaGate(channels)
 
-    def first(self, x: Tensor) -> Tensor:
+    def step1(self, x: Tensor) -> Tensor:
         return self.gate1(self.depthwise(norm_project(x, self.norm1, self.expand1)))  # (2B, C, H, W)
 
-    def second(self, x: Tensor) -> Tensor:
+    def step2(self, x: Tensor) -> Tensor:
         return self.gate2(norm_project(x, self.norm2, self.expand2))  # (2B, C, H, W)

@@ -22,7 +22,7 @@ MakeBlock = Callable[[int, bool], nn.Module]
 
 
 class LearnedStem(nn.Module):
-    """Features of the image that are learnt with the network, in the place of VGG19's.
+    """Features of the image that are learnt with the network, instead of VGG19's.
 
     Args:
         colours: channels of the image.
@@ -139,10 +139,10 @@ class DSRNet(nn.Module):
         block: makes the U-Net's blocks.
         pyramid_block: makes the pyramid's blocks.
         stem: channels of a `LearnedStem`; None leaves the features to VGG19.
-        shuffle: the network works on images of so much less height and width, and as many times more channels.
+        shuffle: factor by which height and width are divided first, for its square times as many channels.
         neck: channels of the pyramid's last step.
         residue: numbers of blocks of each kind of the `LearnableResidue`; None for no residue, which then is 0.
-        residual: whether the transmission is the mixture plus what the network says.
+        residual: whether the transmission is the mixture plus the network's output.
     """
 
     def __init__(
@@ -171,24 +171,26 @@ class DSRNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def checkpoint_activations(self) -> None:
-        """Keep only the input of every block for the backward pass, which computes the rest again: a fraction of the
-        memory for a third more arithmetic, and the very same numbers."""
+        """Keep only every block's input for the backward pass, which computes the rest again.
+
+        This takes a fraction of the memory and a third more arithmetic; the numbers are the very same.
+        """
         for module in self.modules():
             if isinstance(module, Block):
                 module.checkpointed = True
 
     @property
     def wants_features(self) -> bool:
-        """Whether it is to be given VGG19's features."""
+        """Whether `forward` needs VGG19's features."""
         return self.stem is None
 
-    def forward(self, image: Tensor, features: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, mixture: Tensor, features: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Separate a batch of mixtures.
 
         Args:
-            image: (B, 3, H, W) in [0, 1]; H and W multiples of 16.
-            features: five maps of VGG19 of the same image, not normalised, (B, 64, H, W) to (B, 512, H/16, W/16),
-                where the network has no stem of its own.
+            mixture: (B, 3, H, W) in [0, 1]; H and W multiples of 16.
+            features: VGG19's five maps of the mixture as it is, not normalised, (B, 64, H, W) to (B, 512, H/16, W/16);
+                None for a network with a stem of its own.
 
         Returns:
             Transmission, reflection (around [0, 1], not clipped) and residue (in (-1, 1)), (B, 3, H, W) each.
@@ -196,9 +198,9 @@ class DSRNet(nn.Module):
         Raises:
             ValueError: H or W is not a multiple of 16.
         """
-        if image.shape[-2] % STRIDE or image.shape[-1] % STRIDE:
-            raise ValueError(f"height and width must be multiples of {STRIDE}, not {tuple(image.shape[-2:])}")
-        mixture, image = image, F.pixel_unshuffle(image, self.shuffle)
+        if mixture.shape[-2] % STRIDE or mixture.shape[-1] % STRIDE:
+            raise ValueError(f"height and width must be multiples of {STRIDE}, not {tuple(mixture.shape[-2:])}")
+        image = F.pixel_unshuffle(mixture, self.shuffle)  # (B, colours, H / shuffle, W / shuffle)
         x = self.unet(self.pyramid(image, self.stem(image) if self.stem else features))  # (2B, width, H, W)
         transmission, reflection = F.pixel_shuffle(self.head(x), self.shuffle).chunk(2)
         if self.residual:

@@ -28,39 +28,39 @@ class Mamba(nn.Module):
         super().__init__()
         d_inner = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        _add_direction(self, d_inner, math.ceil(d_model / 16), d_state, d_conv)
+        _add_scan_parameters(self, d_inner, math.ceil(d_model / 16), d_state, d_conv)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         _draw_step_sizes(self.dt_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(follow(self, *self.enter(x)))
+        return self.project_out(scan_along(self, *self.project_in(x)))
 
-    # The steps stay innermost from the first product to the last, as the convolution and the scan want them;
-    # no tensor is ever transposed in memory.
+    # The steps stay innermost from the first product to the last, as the convolution and the scan want them, so no
+    # tensor is transposed in memory.
 
-    def enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def project_in(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, length, d_model) to u and z, (batch, d_inner, length) each."""
         return _project(self.in_proj.weight, x.mT).chunk(2, dim=1)
 
-    def leave(self, y: Tensor) -> Tensor:
+    def project_out(self, y: Tensor) -> Tensor:
         """(batch, d_inner, length) to (batch, length, d_model)."""
         if _is_short(self.out_proj.weight, y):
             return self.out_proj(y.mT)
         return torch.bmm(y.mT, _for_each(y, self.out_proj.weight.mT))
 
 
-class Direction(nn.Module):
-    """What a further direction through the same sequence has of its own beside those of `Mamba`."""
+class ScanDirection(nn.Module):
+    """The parameters of one more direction through the sequence of a `Mamba` layer, whose projections it shares."""
 
     def __init__(self, like: Mamba) -> None:
         super().__init__()
         (d_inner, dt_rank), d_state = like.dt_proj.weight.shape, like.A_log.shape[1]
-        _add_direction(self, d_inner, dt_rank, d_state, like.conv1d.kernel_size[0])
+        _add_scan_parameters(self, d_inner, dt_rank, d_state, like.conv1d.kernel_size[0])
         _draw_step_sizes(self.dt_proj)
 
 
-def _add_direction(layer: nn.Module, d_inner: int, dt_rank: int, d_state: int, d_conv: int) -> None:
-    """Give a layer what `follow` needs."""
+def _add_scan_parameters(layer: nn.Module, d_inner: int, dt_rank: int, d_state: int, d_conv: int) -> None:
+    """Add the convolution and scan parameters, which `scan_along` reads."""
     layer.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1)
     layer.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
     layer.dt_proj = nn.Linear(dt_rank, d_inner)
@@ -76,8 +76,8 @@ def _draw_step_sizes(dt_proj: nn.Linear) -> None:
         dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
-def follow(layer: Mamba | Direction, u: Tensor, z: Tensor | None, reverse: bool = False) -> Tensor:
-    """A layer's convolution and scan along u, gated by z, from the last step to the first if in reverse.
+def scan_along(layer: Mamba | ScanDirection, u: Tensor, z: Tensor | None, reverse: bool = False) -> Tensor:
+    """The layer's convolution and scan along u, gated by z; `reverse` goes from the last step to the first.
 
     Shapes: (batch, d_inner, length) -> the same.
     """
@@ -106,50 +106,50 @@ def _project(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_short(weight: Tensor, x: Tensor) -> bool:
-    """Whether reading the weight once for every image costs more than bringing all images' steps together."""
+    """Whether it is cheaper to join all images' steps into one matrix than to read the weight for every image."""
     return x.shape[0] * x.shape[2] < weight.shape[1]
 
 
 def _for_each(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight for every image of x: F.linear and torch.matmul would fold the images into one matrix, which for
-    steps that are innermost means copies of x and of the result."""
+    """The weight repeated, without a copy, for every image of x, as torch.bmm wants it.
+
+    F.linear and torch.matmul would fold the images into one matrix, which copies x and the result when the steps are
+    innermost.
+    """
     return weight.expand(len(x), -1, -1)
 
 
 class ImageMamba(nn.Module):
-    """(batch, channels, height, width) -> the same: the pixels are a sequence for a Mamba layer.
+    """A Mamba layer on the sequence of an image's pixels; (batch, channels, height, width) -> the same.
 
     Args:
         channels: of the image.
         order: of the pixels. "raster": row by row, so that a pixel knows those before it. "bidirectional": there and
             back (Vim, Zhu et al. 2024). "cross": there and back along the rows and along the columns (VMamba, Liu et
-            al. 2024). Between the two projections of the layer the directions' results are added.
-        shared: whether all directions have the same parameters.
+            al. 2024). The directions' results are added between the two projections of the layer.
 
-    With channels_last images, which the result is too, nothing is copied, however many directions, but for the columns:
-    the image between the projections is turned once, and the result of both ways along them turned back.
+    Images in channels_last memory are not copied, and the result is in channels_last too. Only the two directions
+    along the columns need a transposed copy: once before them, and once after.
     """
 
-    def __init__(self, channels: int, order: Order = "raster", shared: bool = False) -> None:
+    def __init__(self, channels: int, order: Order = "raster") -> None:
         super().__init__()
         self.mamba_model = Mamba(channels)
-        self.count = DIRECTIONS[order]
-        self.others = nn.ModuleList(Direction(self.mamba_model) for _ in range(0 if shared else self.count - 1))
+        self.others = nn.ModuleList(ScanDirection(self.mamba_model) for _ in range(DIRECTIONS[order] - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        height = x.shape[2]
-        u, z = self.mamba_model.enter(x.permute(0, 2, 3, 1).flatten(1, 2))  # (batch, d_inner, height * width)
-        layers = [self.mamba_model, *self.others] if self.others else [self.mamba_model] * self.count
-        y = follow(layers[0], u, z)
-        if self.count > 1:
-            y = y + follow(layers[1], u, z, reverse=True)
-        if self.count > 2:
-            u, z = (_turned(t, height) for t in (u, z))
-            columns = follow(layers[2], u, z) + follow(layers[3], u, z, reverse=True)
-            y = y + _turned(columns, x.shape[3])
-        return self.mamba_model.leave(y).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+        height, width = x.shape[2:]
+        u, z = self.mamba_model.project_in(x.permute(0, 2, 3, 1).flatten(1, 2))  # (batch, d_inner, height * width)
+        y = scan_along(self.mamba_model, u, z)
+        if len(self.others) > 0:
+            y = y + scan_along(self.others[0], u, z, reverse=True)
+        if len(self.others) > 1:
+            u, z = (transpose_pixels(t, height) for t in (u, z))
+            columns = scan_along(self.others[1], u, z) + scan_along(self.others[2], u, z, reverse=True)
+            y = y + transpose_pixels(columns, width)
+        return self.mamba_model.project_out(y).unflatten(1, (height, -1)).permute(0, 3, 1, 2)
 
 
-def _turned(x: Tensor, rows: int) -> Tensor:
-    """(batch, d, length) of so many rows, row by row, to the same column by column, in new memory."""
+def transpose_pixels(x: Tensor, rows: int) -> Tensor:
+    """(batch, d, length), pixels row by row of an image with `rows` rows, to column by column, in new memory."""
     return x.unflatten(2, (rows, -1)).mT.flatten(2)

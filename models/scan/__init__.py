@@ -15,23 +15,22 @@ Symbols, as in Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selec
     h_t     = exp(delta_t A) h_{t-1} + delta_t B_t u_t         (section 3.2: the discretised system)
     y_t     = (C_t h_t + D u_t) silu(z_t)
 
-In reverse h_t follows from h_{t+1}, from the last step to the first, in everything here that takes `reverse`.
+With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to the first.
 
-Every backend is a module with the same three functions, `scan`, `scan_backward` and `saved_shape`:
-
-    reference.py   the recurrence in plain torch: what the others are compared with
-    cpu.py         compiled by numba; vectors of sixteen channels
-    gpu.py         Triton, for any GPU that torch's own Triton knows; parallel over chunks of the length too
-    package.py     the CUDA kernel of the `mamba_ssm` package
-
-`operator.py` is the operator, `backends.py` chooses who computes it, `causal_conv.py` is the short convolution
-that precedes the scan in a Mamba layer.
+    operator.py              the operator
+    causal_conv.py           the short convolution that precedes the scan in a Mamba layer
+    flops.py                 what torch's FLOP counter counts for the operator
+    backends/__init__.py     the choice of a backend
+    backends/reference.py    the recurrence in plain torch, which the other backends are compared with
+    backends/cpu.py          compiled by numba, in vectors of sixteen channels; threads.py runs it on several cores
+    backends/triton.py       Triton, for any GPU that torch's own Triton knows; parallel over chunks of the length too
+    backends/mamba_ssm.py    the CUDA kernel of the `mamba_ssm` package
 """
 
 from models.scan.backends import BACKENDS, available_backends, set_backend
+from models.scan.backends.reference import selective_scan_reference
 from models.scan.causal_conv import causal_conv1d
 from models.scan.operator import selective_scan
-from models.scan.reference import selective_scan_reference
 
 __all__ = [
     "BACKENDS",

@@ -1,13 +1,9 @@
 """`selective_scan` as a torch operator: torch.compile, autocast, FLOP counters and opcheck all understand it."""
 
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
-
 import torch
 from torch import Tensor
 
-from models.scan.backends import asked_for, backend_module, choose_backend
+from models.scan.backends import backend_module, choose_backend, requested_backend
 
 
 def selective_scan(
@@ -43,10 +39,10 @@ def selective_scan(
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't fit each other, and unknown backends.
-        RuntimeError: for a backend that was asked for and can't run here, with the reason.
+        RuntimeError: for a requested backend that can't run here, with the reason.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    name = choose_backend(backend or asked_for(), u.device.type, u.dtype)
+    name = choose_backend(backend or requested_backend(), u.device.type, u.dtype)
     y, last_state, _, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, name)
     return (y, last_state) if return_last_state else y
 
@@ -169,49 +165,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dy, dlast, *_):
     needed = list(ctx.needs_input_grad[:8])
     how = ctx.delta_softplus, ctx.reverse, ctx.backend
-    found = iter(_scan_backward(dy, dlast, *ctx.saved_tensors, *how, needed))
-    return *(next(found) if need else None for need in needed), None, None, None
+    gradients = iter(_scan_backward(dy, dlast, *ctx.saved_tensors, *how, needed))
+    return *(next(gradients) if need else None for need in needed), None, None, None
 
 
 _scan.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _scan_flops(u_shape, delta_shape, A_shape, B_shape, C_shape, D_shape, z_shape, *args, **kwargs) -> int:
-    """Seven operations a state and step: delta A, exp, times h, x B, their sum, and C h added to y."""
-    batch, d, length = u_shape
-    around = 1 + 2 * (D_shape is not None) + 5 * (z_shape is not None)  # delta u, D u, silu(z) y
-    return batch * d * length * (7 * A_shape[1] + around)
-
-
-def _scan_backward_flops(
-    dy_shape, dlast_shape, saved_shape, ungated_shape, u_shape, delta_shape, A_shape, *args, **kwargs
-) -> int:
-    """Nineteen a state and step: five for the state again, two each for g, dx, dA, dB, dC and A q, two for q."""
-    batch, d, length = u_shape
-    return batch * d * length * 19 * A_shape[1]
-
-
-class _FlopFormulas(MetaPathFinder):
-    """Registers the formulas as soon as anybody imports torch's FLOP counter: importing it here would import
-    Triton, which most programs never need."""
-
-    name = "torch.utils.flop_counter"
-
-    def find_spec(self, name, path, target=None):
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), self.register(module))
-        return spec
-
-    def register(self, flop_counter) -> None:
-        flop_counter.register_flop_formula(torch.ops.scan.selective_scan)(_scan_flops)
-        flop_counter.register_flop_formula(torch.ops.scan.selective_scan_backward)(_scan_backward_flops)
-
-
-if _FlopFormulas.name in sys.modules:
-    _FlopFormulas().register(sys.modules[_FlopFormulas.name])
-else:
-    sys.meta_path.insert(0, _FlopFormulas())

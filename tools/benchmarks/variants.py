@@ -12,6 +12,7 @@ from engine import parameter_groups
 from models import build_model
 from models.arch import create_model
 from models.arch.mamba import Mamba
+from models.arch.plain import plain_forward
 from models.dsrnet_model_sirs import DSRNetModel
 from models.scan import set_backend
 from options import train_parser
@@ -79,7 +80,7 @@ def has_mamba(name: str) -> bool:
 
 
 class PlainModel(nn.Module):
-    """What a DSRNetModel does, with the network of tests/plain.py."""
+    """What a DSRNetModel does, with the network of models/arch/plain.py."""
 
     def __init__(self, model: DSRNetModel):
         super().__init__()
@@ -90,8 +91,6 @@ class PlainModel(nn.Module):
         return self.loss(*self.predict(image), image, target_t, target_r)
 
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from tests.plain import plain_forward
-
         with torch.no_grad():
             features = [f.contiguous() for f in self.vgg(image)]
         return plain_forward(self.network, image, features)

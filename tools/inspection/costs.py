@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.scan.flops  # noqa: F401  for FLOP counters to know the scan
 from models.arch import create_model
 from models.arch.blocks import Block
 from models.vgg import Vgg19

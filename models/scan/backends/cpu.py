@@ -12,20 +12,16 @@ here, which LLVM maps to whatever registers the processor has (AVX-512, two AVX2
 
 Work is divided by shape alone, never by the number of threads, and every sum runs in a fixed order: results
 are bit-equal for any number of threads.
+
+This is one file on purpose. Numba keeps compiled kernels in a cache on disk, and takes a kernel from there as long as
+the kernel's own source file is unchanged. An intrinsic or a helper in another file could change without that, and the
+kernels would go on running the old code. Only what is not compiled (threads.py) stands elsewhere.
 """
 
-import ctypes
 import itertools
 import math
-import mmap
 import operator
-import os
-import re
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, reduce
-from pathlib import Path
+from functools import partial, reduce
 
 import numba
 import numpy as np
@@ -37,10 +33,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor
 
+from models.scan.backends.threads import in_huge_pages, in_parallel
+
 LANES = 16  # channels in one vector
 TILE = 64  # steps between two stored states
 ROW = 4 * LANES  # bytes of one vector
-HUGE_PAGE = 1 << 21  # bytes
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -574,10 +571,10 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[
     """y like u, the last state, and what `scan_backward` wants to know; all float32."""
     batch, d, length = u.shape
     n = A.shape[1]
-    saved = _huge(u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32))
+    saved = in_huge_pages(u.new_empty(saved_shape(batch, d, length, n), dtype=torch.float32))
     blocks = saved.shape[1]
     h = u.new_empty(batch, blocks, n, LANES, dtype=torch.float32)
-    y = _huge(torch.empty_like(u, dtype=torch.float32))
+    y = in_huge_pages(torch.empty_like(u, dtype=torch.float32))
     _run(
         forward,
         tasks=batch * blocks,
@@ -603,9 +600,9 @@ def scan_backward(
     shape = d, length, n, blocks
     new = partial(u.new_empty, dtype=torch.float32)
     like_inputs = (u, delta, u[:0] if z is None else z)
-    du, ddelta, dz = (_huge(torch.empty_like(t, dtype=torch.float32)) for t in like_inputs)
+    du, ddelta, dz = (in_huge_pages(torch.empty_like(t, dtype=torch.float32)) for t in like_inputs)
     dA, dD, dbias = new(batch, blocks, n, LANES), new(batch, blocks, 1, LANES), new(batch, blocks, 1, LANES)
-    dB_parts, dC_parts = (_huge(new(batch, groups, length, width)) for _ in range(2))
+    dB_parts, dC_parts = (in_huge_pages(new(batch, groups, length, width)) for _ in range(2))
     dB, dC = (torch.empty_like(t, dtype=torch.float32) for t in (B, C))
     dh = _packed_states(A.new_zeros(batch, d, n) if dlast is None else dlast)
     _run(
@@ -677,64 +674,4 @@ def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strid
     if threads == 1:
         work()
     else:
-        _in_parallel(work, threads)
-
-
-_Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-def _in_parallel(work: Callable[[], None], threads: int) -> None:
-    """Calls `work` in so many threads: torch's own, where its OpenMP library can be reached.
-
-    Those go on spinning for milliseconds after torch needed them; other threads would have to share the
-    processors with them.
-    """
-    if (openmp := _openmp()) is None:
-        helpers = [_pool(threads).submit(work) for _ in range(threads - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
-        return
-
-    errors = []
-
-    def guarded(_) -> None:
-        try:
-            work()
-        except BaseException as error:  # C code has called, which could do nothing with it
-            errors.append(error)
-
-    openmp.GOMP_parallel(_Callback(guarded), None, threads, 0)
-    if errors:
-        raise errors[0]
-
-
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch has loaded, if it has the entry point of GNU's."""
-    maps = Path("/proc/self/maps")
-    loaded = re.findall(r"/.*/lib(?:gomp|iomp5|omp)\b.*", maps.read_text()) if maps.exists() else []
-    own = [path for path in loaded if path.startswith(str(Path(torch.__file__).parent))]
-    for path in [*own, *loaded]:
-        library = ctypes.CDLL(path)
-        if hasattr(library, "GOMP_parallel"):
-            return library
-    return None
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="scan")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has no threads but the one that forked
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def _huge(new: Tensor) -> Tensor:
-    """A new tensor, if large in huge pages: the first touch of many small ones takes as long as a scan."""
-    if sys.platform == "linux" and new.nbytes >= HUGE_PAGE:
-        start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = new.data_ptr() + new.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return new
+        in_parallel(work, threads)

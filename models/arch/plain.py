@@ -1,6 +1,7 @@
-"""DSRNet written as plainly as one would at first: two passes for two streams, ordinary layers, contiguous layout.
+"""DSRNet written plainly: two passes for two streams, ordinary layers, contiguous layout.
 
-A second implementation to compare the real one with, in results and in cost. It reads the real network's parameters.
+It is a second implementation, with which tests compare the real one's results and benchmarks its cost. It reads the
+parameters of a real network.
 """
 
 import torch
@@ -11,8 +12,8 @@ from models.arch.blocks import MuGI
 from models.arch.dsrnet import DSRNet
 
 
-def plain_forward(net: DSRNet, image: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `net(image, features)` returns, computed stream by stream."""
+def plain_forward(net: DSRNet, mixture: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What `net(mixture, features)` returns, computed stream by stream."""
     p, u, m = net.pyramid, net.unet, net.residue
     laterals = [_pair(block, v, v) for block, v in zip(p.lateral, features, strict=True)]
     f = [F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True) for x in laterals[4]]
@@ -21,7 +22,7 @@ def plain_forward(net: DSRNet, image: Tensor, features: list[Tensor]) -> tuple[T
         f = _pair(p.refine[level], *(F.pixel_shuffle(x, 2) for x in f))
     f = _pair(p.refine[0], *(p.fuse[0](torch.cat(both, 1)) for both in zip(f, laterals[0], strict=True)))
     f = _pair(p.refine_narrow, *(p.narrow(x) for x in f))
-    fine = _pair(p.image[1], p.image[0](image), p.image[0](image))
+    fine = _pair(p.image[1], p.image[0](mixture), p.image[0](mixture))
     x = [p.fuse_image(torch.cat(both, 1)) for both in zip(f, fine, strict=True)]
     skips = []
     for blocks, down in zip(u.encoders, u.downs, strict=True):

@@ -1,9 +1,12 @@
-"""Selective scan by the CUDA kernel of the `mamba_ssm` package, where it is installed and works."""
+"""Selective scan by the CUDA kernel of the `mamba_ssm` package, where that is installed and works.
+
+The kernel knows no reverse, so a scan in reverse works on flipped copies of the tensors.
+"""
 
 import torch
 from torch import Tensor
 
-from models.scan.reference import turned
+from models.scan.backends.reference import flipped
 
 CHUNK = 2048  # steps between two states that the kernel keeps
 
@@ -19,7 +22,7 @@ def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if reverse:
-        u, delta, B, C, z = turned(u, delta, B, C, z)
+        u, delta, B, C, z = flipped(u, delta, B, C, z)
     inputs = _as_wanted(u, delta, A, B, C, D, z, delta_bias)
     y, saved, *gated = _kernel().fwd(*inputs, delta_softplus)
     last_state = saved[:, :, -1, 1::2].contiguous()  # (batch, d, n)
@@ -35,14 +38,14 @@ def scan_backward(
             "selective_scan: backend 'mamba_ssm' passes no gradient through the last state; use 'triton'"
         )
     if reverse:
-        dy, u, delta, B, C, z = turned(dy, u, delta, B, C, z)
+        dy, u, delta, B, C, z = flipped(dy, u, delta, B, C, z)
     inputs = _as_wanted(u, delta, A, B, C, D, z, delta_bias)
     dy = _steps_innermost(dy.to(u.dtype))
     ungated = None if z is None else _steps_innermost(ungated)
     du, ddelta, dA, dB, dC, dD, dbias, *dz = _kernel().bwd(*inputs, dy, saved, ungated, None, delta_softplus, False)
     dB, dC, dz = dB.squeeze(1), dC.squeeze(1), dz[0] if dz else None
     if reverse:
-        du, ddelta, dB, dC, dz = turned(du, ddelta, dB, dC, dz)
+        du, ddelta, dB, dC, dz = flipped(du, ddelta, dB, dC, dz)
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 

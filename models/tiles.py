@@ -1,17 +1,16 @@
-"""A large image in overlapping tiles, and what is computed of them in one piece, without seams.
+"""A large image in overlapping tiles, and the tiles' results joined without seams.
 
-Along each side, tiles are as many as needed and as equal as can be, and all start at multiples of `ALIGNMENT`, where
-the network's coarsest pixels start, too. Where two of them overlap, one fades into the other along half a cosine, in
-the middle of the overlap: what a tile says next to its own edges, where it misses its surroundings, counts nothing.
-The weights of all tiles sum to 1 everywhere.
+Along each side there are as few tiles as possible, of nearly equal length. All start at multiples of `STRIDE`, where
+the network's coarsest pixels start, too. Where two tiles overlap, one fades into the other along half a cosine in the
+middle of the overlap: predictions near a tile's border, which lack context, get weight 0. The weights of all tiles
+sum to 1 everywhere.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-ALIGNMENT = 16
-"""Sides of tiles and overlaps are multiples of it."""
+from options.arguments import STRIDE
 
 _FADING = 0.75  # share of the overlap, in its middle, in which one tile fades into the next
 
@@ -20,11 +19,11 @@ Span = tuple[int, int]
 
 
 def spans(length: int, tile: int, overlap: int) -> list[Span]:
-    """Tiles that cover `length` pixels, each at most `tile` long and overlapping the next by `overlap` or a bit more.
+    """The tiles that cover `length` pixels: each at most `tile` long, overlapping the next by `overlap` or a bit more.
 
     Args:
         length: of the side, at least 1.
-        tile, overlap: multiples of ALIGNMENT, the tile at least twice the overlap.
+        tile, overlap: multiples of STRIDE, the tile at least twice the overlap.
     """
     if length <= tile:
         return [(0, length)]
@@ -35,7 +34,7 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
 
 
 def weights(tiles: Sequence[Span]) -> list[np.ndarray]:
-    """Of the pixels of every tile along one side, float32; over all tiles they sum to 1."""
+    """The weight of each pixel of every tile along one side, float32; at every place the tiles' weights sum to 1."""
     length = tiles[-1][1]
     entering = np.ones(length)
     result = []
@@ -53,18 +52,18 @@ def blend(
     overlap: int,
     watch: Callable[[Iterable, int], Iterable] = lambda places, total: places,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """The results of an image, tile by tile, in bands of whole rows from top to bottom.
+    """Compute an image's results tile by tile; yield them in bands of whole rows, from top to bottom.
 
-    What is held beside the image is one band: as many rows as a tile has, of each result.
+    Only one band of each result, as many rows as a tile has, is in memory beside the image.
 
     Args:
         image: (H, W, ...), of any type.
-        separate: a tile (h, w, ...) -> the results, (h, w, C) each, always the same number of them.
+        separate: a tile (h, w, ...) -> the results, (h, w, C) each, the same number of them for every tile.
         tile, overlap: as of `spans`.
-        watch: wraps the iteration over the tiles, of which it is told the number, to show progress.
+        watch: called with the tiles and their number, returns an iterable of the tiles that shows progress.
 
     Yields:
-        The band's first row, and the band of each result, float32 (rows, W, C), valid until the next is asked for.
+        The band's first row, and the band of each result, float32 (rows, W, C), valid until the next band.
     """
     height, width = image.shape[:2]
     down, across = spans(height, tile, overlap), spans(width, tile, overlap)
@@ -94,5 +93,5 @@ def _fade(length: int, start: int, end: int) -> np.ndarray:
 
 
 def _aligned(value: float) -> int:
-    """The next multiple of ALIGNMENT."""
-    return int(-(-value // ALIGNMENT)) * ALIGNMENT
+    """The next multiple of STRIDE."""
+    return int(-(-value // STRIDE)) * STRIDE

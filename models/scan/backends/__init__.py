@@ -1,7 +1,14 @@
-"""Which backend computes a scan: what is asked for, else the first that works.
+"""The choice of a backend for a scan: the requested one, else the first that works.
 
-Asked for, strongest first: the call's `backend=`, `set_backend(name)`, the environment variable SCAN_BACKEND.
-A backend is found to work by trying it on a tiny scan, never by a version number.
+A request comes from, strongest first: the call's `backend=`, `set_backend(name)`, the environment variable
+SCAN_BACKEND. Whether a backend works is found out by trying it on a tiny scan, never by a version number.
+
+Every other module of this package but `threads` is a backend, with the same functions:
+
+    runs_on(device)       whether it computes on tensors of that device
+    saved_shape(...)      the shape of what the forward pass saves for the backward pass
+    scan(...)             y, the last state, what is saved, and y before the gate (empty where nothing needs it)
+    scan_backward(...)    the gradients
 """
 
 import importlib
@@ -15,42 +22,43 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 logger = logging.getLogger("scan")
 
-# In the order in which "auto" tries them.
-MODULES = {"mamba_ssm": "package", "triton": "gpu", "cpu": "cpu", "reference": "reference"}
-BACKENDS = ("auto", *MODULES)
+NAMES = ("mamba_ssm", "triton", "cpu", "reference")
+"""Modules of this package, in the order in which "auto" tries them."""
 
-_asked_for: str | None = None
+BACKENDS = ("auto", *NAMES)
+
+_requested: str | None = None
 
 
 def set_backend(name: str | None) -> None:
-    """Use `name`, one of `BACKENDS`, for every scan that does not ask for another; None undoes it.
+    """Use `name`, one of `BACKENDS`, for every scan that does not request another; None undoes it.
 
-    Raises ValueError for an unknown name. Whether the backend can run is seen when a scan comes, as that
-    depends on the device of its tensors.
+    Raises ValueError for an unknown name. Whether the backend can run depends on the device of the tensors, so a scan
+    finds that out, not this function.
     """
-    global _asked_for
+    global _requested
     if name is not None:
         _check_name(name, "set_backend")
-    _asked_for = name
+    _requested = name
 
 
-def asked_for() -> str | None:
+def requested_backend() -> str | None:
     """The name given to `set_backend`, if any."""
-    return _asked_for
+    return _requested
 
 
 def available_backends(device: str) -> dict[str, str | None]:
     """For every backend: None where it works on tensors of `device` ("cpu", "cuda"), else the reason."""
-    return {name: why_not(name, device) for name in MODULES}
+    return {name: why_not(name, device) for name in NAMES}
 
 
 def backend_module(name: str) -> ModuleType:
     """The module behind a backend; importing it may fail with what it needs."""
-    return importlib.import_module(f"models.scan.{MODULES[name]}")
+    return importlib.import_module(f"models.scan.backends.{name}")
 
 
 def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> str:
-    """The backend for tensors of `device` and `dtype`, when `requested` (None or "auto": the first that works).
+    """The name of the backend for tensors of `device` and `dtype`; for None or "auto" the first that works.
 
     Raises ValueError for an unknown name, RuntimeError with the reason for a backend that can't run here.
     """
@@ -64,7 +72,7 @@ def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> st
     reason = reason or why_not(name, device)
     if reason:
         raise RuntimeError(f"selective_scan: {source} {name!r} can't run on {device} tensors: {reason}")
-    _log_once(f"selective scan of {device} tensors: {name}, as asked for")
+    _log_once(f"selective scan of {device} tensors: {name}, as requested")
     return name
 
 
@@ -98,7 +106,7 @@ def _first_that_works(device: str, double: bool) -> str:
         _log_once("selective scan of float64 tensors: reference, the only one with that precision")
         return "reference"
     skipped = []
-    for name in MODULES:
+    for name in NAMES:
         reason = why_not(name, device)
         if reason is None:
             _log_once("; ".join([f"selective scan of {device} tensors: {name}", *skipped]))

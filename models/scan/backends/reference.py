@@ -1,4 +1,4 @@
-"""The recurrence, step by step, in plain torch: slow, any precision, and what everything else must equal."""
+"""The recurrence, step by step, in plain torch: slow, in any precision; every other backend must equal it."""
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ def selective_scan_reference(
     """
     u, delta, A, B, C, D, z, delta_bias = _widen(u, delta, A, B, C, D, z, delta_bias)
     if reverse:
-        u, delta, B, C, z = turned(u, delta, B, C, z)
+        u, delta, B, C, z = flipped(u, delta, B, C, z)
     delta = _step_sizes(delta, delta_bias, delta_softplus)
     h = u.new_zeros(*u.shape[:2], A.shape[1])  # (batch, d, n)
     ys = []
@@ -63,7 +63,7 @@ def scan_backward(
     """
     dy, dlast, u, raw, A, B, C, D, z, delta_bias = _widen(dy, dlast, u, delta, A, B, C, D, z, delta_bias)
     if reverse:
-        dy, u, raw, B, C, z = turned(dy, u, raw, B, C, z)
+        dy, u, raw, B, C, z = flipped(dy, u, raw, B, C, z)
     delta = _step_sizes(raw, delta_bias, delta_softplus)
     h = u.new_zeros(*u.shape[:2], A.shape[1])
     states = [h]
@@ -97,12 +97,12 @@ def scan_backward(
         ddelta = ddelta * torch.sigmoid(raw if delta_bias is None else raw + delta_bias[:, None])
     dD, dbias = (dy * u).sum((0, 2)), ddelta.sum((0, 2))
     if reverse:
-        du, ddelta, dB, dC, dz = turned(du, ddelta, dB, dC, dz)
+        du, ddelta, dB, dC, dz = flipped(du, ddelta, dB, dC, dz)
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-def turned(*tensors: Tensor | None) -> list[Tensor | None]:
-    """With the last step first."""
+def flipped(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors with their last step first."""
     return [t if t is None else t.flip(-1) for t in tensors]
 
 
