@@ -42,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         message = re.sub(r"invalid choice: (.*) \(choose from (.*)\)$", r"\1 is not one of \2", message)
+        message = re.sub(r"invalid \S+ value: (.*)$", r"\1 can't be used", message)
         self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}\n")
 
     def _known(self) -> set[str]:

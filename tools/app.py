@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import PRETRAINED, arguments, separator_settings
-from options.arguments import positive_int
+from options.arguments import natural_int, positive_int
+from options.parser import Parser
 from util.errors import UserError
 from util.program import run
 
@@ -48,7 +49,7 @@ _CSS = "#separate { max-width: 24em } footer { display: none !important }"
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options; imports neither torch nor Gradio."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     arguments.add_weights(parser).add_argument(
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     page = parser.add_argument_group("page")
     page.add_argument("--host", default="127.0.0.1",
                       help="address to listen at; 0.0.0.0: all see the page (default: 127.0.0.1)")  # fmt: skip
-    page.add_argument("--port", type=int, default=7860, help="0: one that is free (default: 7860)")
+    page.add_argument("--port", type=natural_int, default=7860, help="0: one that is free (default: 7860)")
     page.add_argument("--max_megabytes", type=positive_int, default=30, metavar="N",
                       help="larger files are refused (default: 30)")  # fmt: skip
     page.add_argument("--max_megapixels", type=positive_int, default=24, metavar="N",

@@ -24,13 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
+from options.parser import Parser
 from util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_scan, _add_step, _add_memory, _add_data, _add_eval):
         add(commands)

@@ -27,15 +27,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import natural_float, positive_int
+from options.parser import Parser
 from util import tables
 from util.errors import UserError
 from util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="model_info.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="model_info.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL",
                         help="networks of models/arch/__init__.py; train_sirs.py --list_models shows them")  # fmt: skip
     parser.add_argument("--size", type=positive_int, nargs=2, default=[224, 224], metavar=("HEIGHT", "WIDTH"),

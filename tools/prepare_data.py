@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import PUBLISHED_DATA
 from options.arguments import positive_int
+from options.parser import Parser
 from util.program import run
 
 MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
@@ -47,9 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("check", help="is everything there, whole and paired, and trained on no test image?")

@@ -15,14 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.parser import Parser
 from util.errors import UserError
 from util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="replay.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="replay.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="nonfinite_step_..._rank_....pt of a run's folder")
     parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE", help="others than the run's")
     replay(parser.parse_args(arguments))
