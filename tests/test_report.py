@@ -8,15 +8,18 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import markupsafe
 import numpy as np
 import pytest
 from PIL import Image
 
 from tools import report
-from tools.reports.page import as_json, data_uri
+from tools.reports.page import TEMPLATES, data_uri
 from tools.reports.pictures import Shown
 from util import program
 from util.run.reader import read_metrics, read_run
@@ -121,7 +124,7 @@ def test_tables_and_curves_are_the_records(finished, page):
 
 def test_nothing_from_outside_becomes_html(page):
     text = page.read_text()
-    assert html.escape(COMMENT) in text
+    assert markupsafe.escape(COMMENT) in text
     assert "<script>alert" not in text and "<img" not in text and "\u2028" not in re.findall("<script.*", text)[0]
     data = embedded(text, "data")
     assert NAME in {image["name"] for image in data["images"]}
@@ -136,7 +139,7 @@ def test_nothing_from_outside_becomes_html(page):
 
 def test_json_in_a_script_element_ends_nowhere():
     hostile = {"</script>": ["<!--", "\u2028", "&amp;", "\ud800"]}
-    text = as_json(hostile)
+    text = TEMPLATES.from_string("{{ value | tojson }}").render(value=hostile)
     assert not set("<>&\u2028") & set(text) and json.loads(text) == hostile
 
 
@@ -167,6 +170,12 @@ def test_a_damaged_run_still_has_a_page(finished, tmp_path):
     text = make(folder, tmp_path / "page.html", "--pictures", "none")
     assert "Nothing has been evaluated" in text and "1 of 1 lines" in text
     assert embedded(text, "data") == {"charts": [], "images": []}
+
+
+def test_without_pictures_torch_is_not_imported(finished, tmp_path):
+    code = f"from tools import report\nreport.main([{str(finished)!r}, '-o', {str(tmp_path / 'page.html')!r}, "
+    code += "'--pictures', 'none'])\nimport sys\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,18 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UserError: it is no run, its data or weights are missing, or the page can't be written.
     """
-    from tools.reports import page, pictures
+    from tools.reports import page
     from tools.reports.curves import curves
     from util.run.reader import is_run, read_run
 
     if not options.run.is_dir() or not is_run(options.run):
         raise UserError(f"{options.run}: not the folder of a run; train_sirs.py leaves one under --checkpoints_dir")
     run = read_run(options.run)
-    shown, source = pictures.of_run(run, options)
+    shown, source = (), "none"
+    if options.pictures != "none":
+        from tools.reports.pictures import of_run  # imports torch
+
+        shown, source = of_run(run, options)
     path = options.output or options.run / "report.html"
     page.write(path, run, curves(run), shown, source, options.max_side)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

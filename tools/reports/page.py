@@ -1,30 +1,37 @@
-"""The page itself. Whatever comes from outside is escaped: as text of HTML, or as JSON within a script element, which
-the page's own script puts in place as text, never as HTML. A content security policy allows that one script and one
-style sheet, and no connection."""
+"""The page itself, of page.html, page.js and page.css.
+
+Whatever comes from outside is escaped: as text of HTML, or as JSON within a script element, which the page's own script
+puts in place as text, never as HTML. A content security policy allows that one script and one style sheet, and no
+connection.
+"""
 
 import base64
 import hashlib
-import html
 import io
-import json
 import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from tools.reports.pictures import Shown
 from util import disk
 from util.run.reader import SCORES, Run
 
+if TYPE_CHECKING:
+    from tools.reports.pictures import Shown
+
 _HERE = Path(__file__).parent
+TEMPLATES = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+TEMPLATES.policies["json.dumps_kwargs"] = {"allow_nan": False}
 _QUALITY = 80  # of WebP
 _HALF = ("reflection", "residue")  # kinds shown at half the side
 
 
-def write(path: Path, run: Run, charts: list[dict], shown: Iterable[Shown], source: str, max_side: int) -> None:
+def write(path: Path, run: Run, charts: list[dict], shown: Iterable["Shown"], source: str, max_side: int) -> None:
     """Write the page, whole or not at all.
 
     Args:
@@ -42,14 +49,6 @@ def write(path: Path, run: Run, charts: list[dict], shown: Iterable[Shown], sour
         file.writelines(_page(run, charts, shown, source, max_side))
 
 
-def as_json(value: object) -> str:
-    """JSON that may stand in a script element, whatever is in it."""
-    text = json.dumps(value, allow_nan=False)
-    for special in "<>&":
-        text = text.replace(special, f"\\u{ord(special):04x}")
-    return text
-
-
 def data_uri(picture: np.ndarray, max_side: int) -> str:
     """A (H, W, 3) picture around 0..1 as WebP, made smaller if its longer side is above `max_side`."""
     image = Image.fromarray((picture.clip(0, 1) * 255 + 0.5).astype(np.uint8))
@@ -59,52 +58,37 @@ def data_uri(picture: np.ndarray, max_side: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _page(run: Run, charts: list[dict], shown: Iterable[Shown], source: str, max_side: int) -> Iterator[str]:
+def _page(run: Run, charts: list[dict], shown: Iterable["Shown"], source: str, max_side: int) -> Iterator[str]:
     script, style = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
-    name = html.escape(run.folder.resolve().name)
-    yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-    yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-    yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{style}</style></head><body>\n'
-    yield f"<header><h1>{name}</h1><p>{html.escape(run.comment)}</p></header>\n"
-    yield _section("Figures", _scores(run) + _table(_facts(run, charts), head=False))
-    yield _section("Curves", '<div id="charts"></div>')
-    yield _section("Test images", _GALLERY.format(source=html.escape(source)))
-    yield _section("Options", _table([(key, _plain(value)) for key, value in sorted(run.options.items())], head=False))
     images = []
-    for number, image in enumerate(shown):
-        images.append(_described(image))
-        yield f'<script type="application/json" id="picture{number}">{as_json(_embedded(image, max_side))}</script>\n'
-    yield f'<script type="application/json" id="data">{as_json({"charts": charts, "images": images})}</script>\n'
-    yield f"<script>{script}</script></body></html>\n"
+
+    def pictures() -> Iterator[dict[str, str]]:
+        for image in shown:
+            images.append(_describe(image))
+            yield _embed(image, max_side)
+
+    return TEMPLATES.get_template("page.html").generate(
+        name=run.folder.resolve().name,
+        policy=policy,
+        style=style,
+        script=script,
+        run=run,
+        scores=_scores(run),
+        facts=_facts(run, charts),
+        source=source,
+        options=[(key, _plain(value)) for key, value in sorted(run.options.items())],
+        pictures=pictures(),
+        charts=charts,
+        images=images,  # of all pictures by the time it is written
+    )
 
 
-_GALLERY = """<p>Left of the handle is the mixture, right of it what the buttons say. PSNR and SSIM are of the
-transmission; the gain is over the untouched mixture. Pictures: {source}.</p>
-<p id="controls"><label>sorted by <select id="sort"><option value="gain">gain, worst first</option>
-<option value="best">gain, best first</option><option value="psnr">PSNR</option><option value="name">name</option>
-<option value="set">set</option></select></label> <label>set <select id="filter"><option value="">all</option>
-</select></label> <span id="count"></span></p><div id="gallery"></div>"""
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{title}</h2>{content}</section>\n"
-
-
-def _table(rows: list[tuple], head: bool = True) -> str:
-    """Rows of texts, which are escaped here."""
-    lines = []
-    for number, row in enumerate(rows):
-        tag = "th" if head and number == 0 else "td"
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>")
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _scores(run: Run) -> str:
+def _scores(run: Run) -> list[tuple]:
     """The sets' figures at the picked epoch, and at the one that the test sets would pick."""
     epoch, by = run.picked
     if epoch is None:
-        return "<p>Nothing has been evaluated.</p>"
+        return []
     best = run.best_epoch("average")
     how = {"val": "picked on the held-out pairs", "last": "the last one"}[by]
     rows = [("set", "images", "input PSNR / SSIM", f"epoch {epoch}, {how}", "gain", f"best by test, epoch {best}")]
@@ -113,7 +97,7 @@ def _scores(run: Run) -> str:
         gain = f"{line['PSNR'] - before['PSNR']:+.2f} / {line['SSIM'] - before['SSIM']:+.3f}" if line and before else ""
         count = (line or before or {}).get("count", "")
         rows.append((name, count, *(_pair(of) for of in (before, line)), gain, _pair(flattering)))
-    return _table(rows) + "<p>An epoch picked by the test sets flatters their figures.</p>"
+    return rows
 
 
 def _pair(line: dict | None) -> str:
@@ -143,7 +127,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
     return [(what, value) for what, value in facts if value]
 
 
-def _described(image: Shown) -> dict:
+def _describe(image: "Shown") -> dict:
     """What the gallery's script needs to know of an image without opening its pictures."""
     height, width = image.layers["input"].shape[:2]
     scores = {key: [round(image.before[key], 4), round(image.metrics[key], 4)] for key in SCORES}
@@ -151,7 +135,7 @@ def _described(image: Shown) -> dict:
     return {"set": image.set, "name": image.name, "width": width, "height": height, "kinds": kinds, **scores}
 
 
-def _embedded(image: Shown, max_side: int) -> dict[str, str]:
+def _embed(image: "Shown", max_side: int) -> dict[str, str]:
     sides = {kind: max(1, max_side // 2) if kind in _HALF else max_side for kind in image.layers}
     return {kind: data_uri(picture, sides[kind]) for kind, picture in image.layers.items()}
 

@@ -51,8 +51,6 @@ def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]
     Raises:
         UserError: what is needed for the pictures is missing; the message says what to do.
     """
-    if options.pictures == "none":
-        return iter(()), "none"
     recipe = _recipe(run, options)
     weights = options.checkpoint or next((p for n in ("best", "last") if (p := run.folder / f"{n}.pt").exists()), None)
     state = checkpoint.load(weights) if weights and options.pictures != "saved" else None
