@@ -69,7 +69,7 @@ def _advice(error: ImportError, requirements: str) -> str:
     if made.exists() and Path(sys.prefix).resolve() != made.parents[1].resolve():
         return f"{cause}; use the Python that ./runner.sh has set up: {os.path.relpath(made)}"
     file = os.path.relpath(_ROOT / requirements)
-    return f"{cause}; install what is missing: {sys.executable} -m pip install -r {file}"
+    return f"{cause}; do: {sys.executable} -m pip install -r {file} (or start ./runner.sh, which makes a .venv)"
 
 
 class _Patient:

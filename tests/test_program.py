@@ -1,0 +1,130 @@
+"""How every program starts and ends."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from util import program
+from util.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = "models/pretrained/dsrnet_xs.safetensors"
+
+# Of each program: arguments that are accepted, and the function that then does the work.
+PROGRAMS = {
+    "train_sirs": (["--base_dir", "."], "train_sirs.train"),
+    "tools.app": ([], "tools.app.serve"),
+    "tools.benchmark": (["scan"], "tools.benchmarks.scan.run_scan"),
+    "tools.evaluate": ([WEIGHTS, "--base_dir", "."], "tools.evaluate.evaluate"),
+    "tools.export": ([WEIGHTS, "-o", "x.safetensors"], "tools.export.export"),
+    "tools.infer": (["x.png"], "tools.infer.infer"),
+    "tools.model_info": (["dsrnet_xs"], "tools.model_info.show"),
+    "tools.prepare_data": (["check", "."], "tools.preparation.check.check"),
+    "tools.replay": (["x.pt"], "tools.replay.replay"),
+    "tools.report": (["."], "tools.report.report"),
+    "tools.summarize": (["."], "tools.summarize.summarize"),
+}
+every_program = pytest.mark.parametrize("name", PROGRAMS)
+
+
+def run(name: str, work, monkeypatch) -> int:
+    """A program's exit status, with `work` in place of what it does."""
+    arguments, function = PROGRAMS[name]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(function, lambda *_: work())
+    return program.run(importlib.import_module(name).main, arguments)
+
+
+def test_here_is_every_program():
+    found = {f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"}
+    assert set(PROGRAMS) == found | {"train_sirs"}
+
+
+@every_program
+def test_ctrl_c_is_130_without_a_traceback(name, monkeypatch, capsys):
+    assert run(name, lambda: signal.raise_signal(signal.SIGINT), monkeypatch) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped by SIGINT")
+
+
+@every_program
+def test_a_closed_pipe_is_no_error(name, monkeypatch, capfd):
+    """`program | head -1`: what is printed after head has left is lost."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        status = run(name, lambda: print("x" * 100_000, flush=True), monkeypatch)
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # so that it can be closed
+    assert status == 0 and capfd.readouterr().err == ""
+
+
+@every_program
+def test_bad_input_is_2_and_one_line(name, monkeypatch, capsys):
+    def refuse():
+        raise UserError("x.png: there is no such file")
+
+    assert run(name, refuse, monkeypatch) == 2
+    assert capsys.readouterr().err == "error: x.png: there is no such file\n"
+
+
+@every_program
+def test_a_python_without_the_requirements_is_told_in_one_line(name):
+    """Without site-packages Python has its standard library alone."""
+    file = f"{name.replace('.', '/')}.py"
+    arguments = PROGRAMS[name][0] if name != "tools.infer" else ["README.md"]
+    done = subprocess.run([sys.executable, "-S", "-E", file, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    requirements = "requirements-app.txt" if name == "tools.app" else "requirements.txt"
+    assert " has no package " in line and (requirements in line or line.endswith(".venv/bin/python"))
+
+
+def missing(_):
+    raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+
+def test_where_the_runner_has_made_an_environment_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "_ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert program.run(missing) == 2
+    assert "-m pip install -r requirements.txt" in capsys.readouterr().err
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").touch()
+    assert program.run(missing) == 2
+    assert capsys.readouterr().err.rstrip().endswith("has set up: .venv/bin/python")
+
+
+def test_a_defect_shows_its_traceback():
+    def misspelt(_):
+        from util import no_such_thing  # noqa: F401
+
+    with pytest.raises(ImportError):
+        program.run(misspelt)
+    with pytest.raises(ZeroDivisionError):
+        program.run(lambda _: 1 / 0)
+
+
+def test_the_status_is_what_main_returns():
+    assert [program.run(lambda _, status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
+
+
+def test_what_computes_nothing_starts_without_torch(tmp_path):
+    """The leaderboard and the check of the data: torch alone takes seconds to import."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/options.yaml").write_text("inet: dsrnet_s\nnEpochs: 1\n")
+    code = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "from tools import prepare_data, summarize\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "summarize.main([folder])\n"
+        "prepare_data.main(['check', folder])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
