@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import resource
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """Tests end processes, never the machine, so nothing written is lost without fsync, which takes most of a tiny
+    run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch,
     assert "network" in saved and Diverged.__name__ not in told
     assert program.run(replay.main, [str(next(folder.glob("nonfinite_*.pt")))]) == 0
     told = capsys.readouterr().out
-    assert saved["names"][0] in told and "exclusion nan" in told and "unet.middle.3" in told
+    assert saved["names"][0] in told and "exclusion nan" in told and "unet.decoders.1.0" in told
     assert program.run(replay.main, [str(folder / "last.pt")]) == 2
 
 

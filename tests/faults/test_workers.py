@@ -16,6 +16,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import data
 from data.loader import MOST_RESTARTS, Loader
@@ -45,6 +46,13 @@ BREAKING = {
     "fifo": lambda path: (path.unlink(), os.mkfifo(path)),
     "folder": lambda path: (path.unlink(), path.mkdir()),
 }
+
+
+@pytest.fixture(autouse=True)
+def _often_looked_after(monkeypatch):
+    """PyTorch checks every half second, instead of every five, whether its workers are alive."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
 
 
 @pytest.fixture
@@ -261,7 +269,7 @@ class Deadly(Dataset):
     ],
 )
 def test_workers_that_always_die_are_a_clear_error(base, monkeypatch, number, words):
-    restarts = int(number == signal.SIGKILL)  # each takes five seconds
+    restarts = int(number == signal.SIGKILL)
     monkeypatch.setattr("data.loader.MOST_RESTARTS", restarts)
     loader = Loader(Deadly(number), [[0], [1], [2], [3]], options_for(base), workers=1)
     found = []
