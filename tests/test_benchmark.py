@@ -85,7 +85,8 @@ def test_step(run, tmp_path):
 def test_step_forward_only(run, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     record, markdown = run(
-        "step", "--gpu_ids", "-1", "--forward_only", "--sizes", "32", "--batches", "1", "2", "--variants", "fp32",
+        "step", "--inet", "dsrnet_xs", "--gpu_ids", "-1", "--forward_only", "--sizes", "32", "--batches", "1", "2",
+        "--variants", "fp32",
         "--repeats", "3", "--no-keep_freed_memory", "--profile", str(trace),
     )  # fmt: skip
     one, two = record["measurements"]
@@ -102,23 +103,23 @@ def test_step_forward_only(run, tmp_path, capsys):
 def test_memory(run, tmp_path):
     picture = tmp_path / "memory.png"
     record, markdown = run(
-        "memory", "--gpu_ids", "-1", "--sizes", "16", "48", "--variants", "bf16+checkpoint",
+        "memory", "--inet", "dsrnet_xs", "--gpu_ids", "-1", "--sizes", "32", "128", "--variants", "bf16+checkpoint",
         "--no-keep_freed_memory", "--plot", str(picture),
     )  # fmt: skip
     found = record["measurements"]
     assert [(m["kind"], m["variant"], m["size"]) for m in found] == [
-        ("training step", "bf16+checkpoint", 16),
-        ("training step", "bf16+checkpoint", 48),
-        ("prediction", "bf16", 16),
-        ("prediction", "bf16", 48),
+        ("training step", "bf16+checkpoint", 32),
+        ("training step", "bf16+checkpoint", 128),
+        ("prediction", "bf16", 32),
+        ("prediction", "bf16", 128),
     ]
     assert "bytes/pixel" in markdown
     assert picture.stat().st_size > 0
-    trained, trained_48, predicted, predicted_48 = (m["peak_GiB"] * 2**30 for m in found)
+    trained, trained_128, predicted, predicted_128 = (m["peak_GiB"] * 2**30 for m in found)
     if not math.isnan(trained):
-        assert predicted < predicted_48 < trained_48
-        assert trained < trained_48
-        assert found[0]["bytes_a_pixel"] == pytest.approx((trained_48 - trained) / (48**2 - 16**2))
+        assert predicted < predicted_128 < trained_128
+        assert trained < trained_128
+        assert found[0]["bytes_a_pixel"] == pytest.approx((trained_128 - trained) / (128**2 - 32**2))
 
 
 def test_data(run, tiny_data):
@@ -148,8 +149,8 @@ def test_data_without_room_for_the_cache(run, tiny_data):
 
 def test_eval(run):
     record, markdown = run(
-        "eval", "--gpu_ids", "-1", "--images", "3", "--size", "40", "32", "--eval_batch", "2", "--save_images",
-        "--repeats", "1",
+        "eval", "--inet", "dsrnet_xs", "--gpu_ids", "-1", "--images", "3", "--size", "40", "32", "--eval_batch", "2",
+        "--save_images", "--repeats", "1",
     )  # fmt: skip
     whole, forwards = record["measurements"]
     assert [m["what"] for m in (whole, forwards)] == ["evaluation", "forward passes"]
@@ -157,7 +158,7 @@ def test_eval(run):
         assert m["images"] == 3 and m["repeats"] == 1 and m["milliseconds"] > 0
         assert m["images_a_second"] == pytest.approx(3e3 / m["milliseconds"])
         assert m["overhead"] == m["milliseconds"] / forwards["milliseconds"]
-    assert "dsrnet_s, 3 images of 40 x 32 (cpu)" in markdown
+    assert "dsrnet_xs, 3 images of 40 x 32 (cpu)" in markdown
 
 
 @pytest.mark.parametrize(

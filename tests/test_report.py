@@ -38,7 +38,19 @@ def finished(tiny_data, tmp_path_factory) -> Path:
     shutil.copytree(tiny_data, data)
     for path in (data / "test/demo_clip").rglob("00.png"):
         path.rename(path.with_name(f"{NAME}.png"))
-    more = ("--nEpochs", "2", "--comment", COMMENT, "--save_images", "--name", "run", "--ema", "0.5")
+    more = (
+        "--inet",
+        "dsrnet_xs",
+        "--nEpochs",
+        "2",
+        "--comment",
+        COMMENT,
+        "--save_images",
+        "--name",
+        "run",
+        "--ema",
+        "0.5",
+    )
     status, folder = run(data, tmp_path_factory.mktemp("runs"), *more)
     assert status == 0
     return folder
