@@ -10,6 +10,7 @@ import torch
 
 from data.demo import build_demo
 from tests.golden.fill import fill
+from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
 from util.images import read_image, write_image
 from util.stability import Guard
 
@@ -88,3 +89,15 @@ def tiny_data(demo, tmp_path_factory) -> Path:
             (folder / path.relative_to(demo)).parent.mkdir(parents=True, exist_ok=True)
             write_image(folder / path.relative_to(demo), read_image(path)[40:80, 40:92])
     return folder
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A whole small data set: 8 photographs, 5 real and 4 nature pairs, two test sets."""
+    for i in range(8):
+        write_noise(tmp_path / PHOTOGRAPHS / f"photo{i}.png", i, width=24 + i, height=30 - i)
+    write_pairs(tmp_path / "train/real", [f"r{i}" for i in range(5)])
+    write_pairs(tmp_path / "train/nature", [f"n{i}" for i in range(4)])
+    write_pairs(tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer"))
+    write_pairs(tmp_path / "test/real20_420", ["3", "4", "9"], width=70, height=50)
+    return tmp_path

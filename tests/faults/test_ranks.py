@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import arguments, same, state_of, wait_for_writes
+from tests.helpers import ROOT, arguments, same, state_of, wait_for_writes
 from util import distributed
 from util.distributed import World
 from util.run.reader import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -109,6 +108,48 @@ def test_a_dead_process_takes_the_others_with_it(rank, tiny_data, tmp_path):
         assert time.monotonic() - began < 60 and not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken):
+    """With test sets of an odd number of images, of which one process has more."""
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_data, folder)
+    for path in folder.glob("test/*/*/03.png"):
+        path.unlink()
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+from pathlib import Path
+from torch import distributed
+sys.path.insert(0, {str(ROOT)!r})
+import data
+discover = data.discover
+def then_break(options):
+    sets = discover(options)
+    distributed.barrier()  # both have found it
+    Path({str(folder / "test/demo_clip/blended/01.png")!r}).unlink(missing_ok=True)
+    return sets
+if {broken}:
+    data.discover = then_break
+if __name__ == "__main__":
+    import train_sirs
+    from util.program import run
+    sys.exit(run(train_sirs.main))
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command += arguments(folder, tmp_path, "--nEpochs", "1", "--name", "two")
+    done = subprocess.run(
+        command, cwd=ROOT, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert (tmp_path / "two/last.pt").exists()
+    if broken:
+        assert done.returncode and "01.png: there is no such file" in done.stderr and "exitcode  : 2" in done.stderr
+        assert "saved after step" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert {line["count"] for line in read_metrics(tmp_path / "two") if line["set"] == "demo_clip"} == {3}
 
 
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "12", "--save_steps", "1", "--resume", "auto")

@@ -5,8 +5,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from multiprocessing import forkserver
@@ -22,8 +20,6 @@ import data
 from data.loader import MOST_RESTARTS, Loader
 from tests.helpers import (
     PHOTOGRAPHS,
-    ROOT,
-    arguments,
     assert_same,
     batches,
     loader_of,
@@ -371,48 +367,3 @@ def test_a_worker_that_dies_while_it_fills_the_cache_leaves_no_half_image(base, 
     assert len(kept) > 10
     for file in kept:
         assert cache.read(file).tobytes() == read_rgb(file, cache.least).tobytes()
-
-
-# ---- several processes ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("broken", [False, True])
-def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken):
-    """With test sets of an odd number of images, of which one process has more."""
-    folder = tmp_path / "data"
-    shutil.copytree(tiny_data, folder)
-    for path in folder.glob("test/*/*/03.png"):
-        path.unlink()
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import sys
-from pathlib import Path
-from torch import distributed
-sys.path.insert(0, {str(ROOT)!r})
-import data
-discover = data.discover
-def then_break(options):
-    sets = discover(options)
-    distributed.barrier()  # both have found it
-    Path({str(folder / "test/demo_clip/blended/01.png")!r}).unlink(missing_ok=True)
-    return sets
-if {broken}:
-    data.discover = then_break
-if __name__ == "__main__":
-    import train_sirs
-    from util.program import run
-    sys.exit(run(train_sirs.main))
-""")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    command += arguments(folder, tmp_path, "--nEpochs", "1", "--name", "two")
-    done = subprocess.run(
-        command, cwd=ROOT, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert (tmp_path / "two/last.pt").exists()
-    if broken:
-        assert done.returncode and "01.png: there is no such file" in done.stderr and "exitcode  : 2" in done.stderr
-        assert "saved after step" in done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-        assert {line["count"] for line in read_metrics(tmp_path / "two") if line["set"] == "demo_clip"} == {3}
