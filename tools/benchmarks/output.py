@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.benchmarks.common import Measurement, by_curve
+from util import disk
 from util.errors import UserError
 from util.tables import Rows, as_markdown, as_text
 
@@ -43,10 +44,15 @@ def report(
         print(f"{title}\n{as_text(rows, left=2, rule=False)}\n")
     if options.markdown:
         parts = [f"### {title}\n\n{as_markdown(rows)}" for title, rows in tables]
-        options.markdown.write_text("\n".join([f"```\n{text}\n```\n", *parts]))
+        _write(options.markdown, "\n".join([f"```\n{text}\n```\n", *parts]), "--markdown")
     if options.json:
         record = {"setting": header, "measurements": [m.record() for m in found]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        _write(options.json, json.dumps(record, indent=1) + "\n", "--json")
+
+
+def _write(path: Path, text: str, option: str) -> None:
+    with disk.replacing(path, option) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -97,7 +103,8 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
         row[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    with disk.replacing(path, "--plot") as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def import_matplotlib():

@@ -1,4 +1,4 @@
-"""What there is, against what was published."""
+"""What a data folder holds, compared with what was published."""
 
 import hashlib
 from collections import defaultdict
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.folders import PAIR_SETS, PHOTOGRAPHS, Pair, check_name, find_images, find_pairs, find_test_sets
+from data.folders import PAIR_SETS, PHOTOGRAPHS, check_name, find_images, find_pairs, find_test_sets
 from util import tables
 from util.errors import UserError, printable
 from util.images import read_rgb
@@ -24,13 +24,11 @@ class Part:
     """One of the sets.
 
     Attributes:
-        name: of the set.
-        place: its folder.
         train: whether it is trained on.
-        count: photographs or pairs.
+        count: of photographs or pairs.
         files: of all its images.
-        problems: what can't be used, in words.
-        differences: from the published set, in words.
+        problems: a line for each file that can't be used.
+        differences: a line for each difference from the published set.
     """
 
     name: str
@@ -65,8 +63,8 @@ def check(base: Path, published: bool) -> int:
     print(_table(parts, sizes))
     differences = [f"{part.name}: {what}" for part in parts for what in part.differences]
     troubles = [problem for part in parts for problem in part.problems] + copies
-    _tell("differs from what was published", differences)
-    _tell("trouble", troubles)
+    _list("differs from what was published", differences)
+    _list("trouble", troubles)
     if not troubles:
         print("Every file can be used, and no test image is among the training's.")
     return int(bool(troubles or (published and differences)))
@@ -81,25 +79,21 @@ def _parts(base: Path) -> list[Part]:
     absent = [Part(name, base / "test" / name, False, 0, []) for name in TEST_SETS if name not in tests]
     parts += sorted([*tests.values(), *absent], key=lambda part: (part.name not in TEST_SETS, part.name))
     for part in parts:
-        part.differences += _differences(part)
+        wanted = _PUBLISHED.get(part.name, part.count)
+        if part.count != wanted:
+            part.differences.append(f"{part.count or 'none'} of {wanted} there")
     return parts
 
 
 def _pairs_of(name: str, place: Path, train: bool) -> Part:
     problems: list[str] = []
-    pairs: list[Pair] = find_pairs(place, problems)
+    pairs = find_pairs(place, problems)
     part = Part(name, place, train, len(pairs), [file for pair in pairs for file in pair.files], problems)
-    if name == "real20_420" and {pair.name for pair in pairs} != set(REAL20):
-        missing = [wanted for wanted in REAL20 if wanted not in {pair.name for pair in pairs}]
-        part.differences.append(f"not the published images; missing: {' '.join(missing) or 'none'}")
+    names = {pair.name for pair in pairs}
+    if name == "real20_420" and names != set(REAL20):
+        missing = " ".join(wanted for wanted in REAL20 if wanted not in names)
+        part.differences.append(f"not the published images; missing: {missing or 'none'}")
     return part
-
-
-def _differences(part: Part) -> list[str]:
-    wanted = _PUBLISHED.get(part.name)
-    if wanted in (None, part.count):
-        return []
-    return [f"{part.count or 'none'} of {wanted} there"]
 
 
 def _decode(base: Path, parts: list[Part]) -> tuple[dict[Path, tuple[int, int]], dict[Path, bytes]]:
@@ -127,7 +121,7 @@ def _fingerprint(base: Path, file: Path) -> tuple[tuple[int, int], bytes] | str:
 
 
 def _unequal(part: Part, sizes: dict[Path, tuple[int, int]]) -> list[str]:
-    """Files whose size isn't their mixture's."""
+    """A line for each file whose size differs from its mixture's."""
     problems = []
     for pair in find_pairs(part.place, []):
         wanted = sizes.get(pair.mixture)
@@ -138,7 +132,7 @@ def _unequal(part: Part, sizes: dict[Path, tuple[int, int]]) -> list[str]:
 
 
 def _copies(parts: list[Part], hashes: dict[Path, bytes]) -> list[str]:
-    """Training images with the very pixels of a test image."""
+    """A line for each training image that has the same pixels as a test image."""
     tests: dict[bytes, list[Path]] = defaultdict(list)
     for part in parts:
         if not part.train:
@@ -152,19 +146,10 @@ def _copies(parts: list[Part], hashes: dict[Path, bytes]) -> list[str]:
 def _table(parts: list[Part], sizes: dict[Path, tuple[int, int]]) -> str:
     rows = [("set", "for", "images", "published", "sizes", "trouble")]
     for part in parts:
-        unit = "" if part.name == "photographs" else " pairs"
-        wanted = _PUBLISHED.get(part.name, "-")
         use = "training" if part.train else "test"
-        rows.append(
-            (
-                printable(part.name),
-                use,
-                f"{part.count}{unit}",
-                str(wanted),
-                _range(part, sizes),
-                str(len(part.problems)),
-            )
-        )
+        count = str(part.count) if part.name == "photographs" else f"{part.count} pairs"
+        wanted = str(_PUBLISHED.get(part.name, "-"))
+        rows.append((printable(part.name), use, count, wanted, _range(part, sizes), str(len(part.problems))))
     return tables.as_text(rows, rule=False)
 
 
@@ -179,7 +164,7 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _tell(title: str, lines: list[str]) -> None:
+def _list(title: str, lines: list[str]) -> None:
     if lines:
         print(f"\n{title} ({len(lines)}):")
         print("\n".join(f"  {printable(line)}" for line in lines[:_MOST_LINES]))

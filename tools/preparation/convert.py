@@ -1,6 +1,6 @@
 """Stock data sets, brought into the published shape."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _THREADS = 4
 
 
 def voc(source: Path, base: Path) -> None:
-    """The centres, 224 x 224 pixels, of a folder's photographs; smaller ones are left out.
+    """Crop the centres, 224 x 224 pixels, of a folder's photographs; smaller photographs are left out.
 
     Raises:
         UserError: there are none, or some can't be read.
@@ -31,15 +31,13 @@ def voc(source: Path, base: Path) -> None:
     jobs = {target / f"{file.stem}.png": file for file in files}
     if len(jobs) < len(files):
         raise UserError(f"{source}: {len(files) - len(jobs)} photographs differ in their suffix only; rename them")
-    outcomes = _convert(jobs, _centre, "cropping")
-    small = outcomes.count("small")
-    _tell(target, outcomes)
+    small = _convert(jobs, _crop_centre, target, "cropping")
     if small:
         print(f"{small} photographs have a side below {CROP} pixels and were left out")
 
 
 def real20(source: Path, base: Path) -> None:
-    """Pairs with a short side of 420 pixels, bicubic, the long one rounded.
+    """Resize pairs to a short side of 420 pixels, bicubic; the long side is rounded.
 
     Raises:
         UserError: there are none, or files that lack their partner or can't be read.
@@ -51,16 +49,12 @@ def real20(source: Path, base: Path) -> None:
     if not pairs:
         raise UserError(f"{source}: no pairs in it; expected {MIXTURE}/ and {TRANSMISSION}/")
     target = base / "test/real20_420"
-    layers = {MIXTURE: "mixture", TRANSMISSION: "transmission"}
-    jobs = {
-        target / layer / f"{pair.name}.png": getattr(pair, attribute)
-        for pair in pairs
-        for layer, attribute in layers.items()
-    }
-    _tell(target, _convert(jobs, _shrink, "resizing"))
+    jobs = {target / MIXTURE / f"{pair.name}.png": pair.mixture for pair in pairs}
+    jobs |= {target / TRANSMISSION / f"{pair.name}.png": pair.transmission for pair in pairs}
+    _convert(jobs, _shrink, target, "resizing")
 
 
-def _centre(image: Image.Image) -> Image.Image | None:
+def _crop_centre(image: Image.Image) -> Image.Image | None:
     """The middle of an image; None where it is too small."""
     if min(image.size) < CROP:
         return None
@@ -73,50 +67,39 @@ def _shrink(image: Image.Image) -> Image.Image:
     return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def _convert(jobs: dict[Path, Path], change: Callable, title: str) -> list[str]:
-    """Target files from their sources, those that are there left as they are.
+def _convert(
+    jobs: dict[Path, Path], change: Callable[[Image.Image], Image.Image | None], target: Path, title: str
+) -> int:
+    """Write each target file from its source; files that are there already stay as they are.
 
     Returns:
-        For each "new", "there" or "small".
+        How many were left out because `change` returned None.
 
     Raises:
         UserError: a file can't be read or written; all are tried.
     """
 
-    def one(job: tuple[Path, Path]) -> str:
-        target, source = job
-        if target.exists():
-            return "there"
+    def convert(job: tuple[Path, Path]) -> str | UserError:
+        path, source = job
         try:
+            if path.exists():
+                return "there"
             changed = change(read_rgb(source))
-            return _write(changed, target) if changed else "small"
+            if changed is None:
+                return "left out"
+            with disk.replacing(path) as temporary:
+                changed.save(temporary, "PNG")
+            return "written"
         except UserError as error:
-            return f"error: {error}"
-        except OSError as error:
-            return f"error: {target}: cannot be written: {error.strerror}"
+            return error
 
-    for folder in {target.parent for target in jobs}:
-        _make(folder)
+    for folder in {path.parent for path in jobs}:
+        with disk.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_THREADS) as pool:
-        outcomes = list(track(pool.map(one, jobs.items()), title, len(jobs)))
-    errors = [outcome.removeprefix("error: ") for outcome in outcomes if outcome.startswith("error: ")]
+        outcomes = list(track(pool.map(convert, jobs.items()), title, len(jobs)))
+    errors = [outcome for outcome in outcomes if isinstance(outcome, UserError)]
     if errors:
         raise UserError(f"{len(errors)} files can't be converted, all others are; the first: {errors[0]}")
-    return outcomes
-
-
-def _make(folder: Path) -> None:
-    with disk.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _write(image: Image.Image, target: Path) -> str:
-    """Written whole or not at all, so that a file that is there is a good one."""
-    with disk.replacing(target) as temporary:
-        image.save(temporary, "PNG")
-    return "new"
-
-
-def _tell(target: Path, outcomes: Iterable[str]) -> None:
-    outcomes = list(outcomes)
-    print(f"{target}: {outcomes.count('new')} files written, {outcomes.count('there')} were there")
+    print(f"{target}: {outcomes.count('written')} files written, {outcomes.count('there')} were there")
+    return outcomes.count("left out")
