@@ -116,14 +116,15 @@ def test_the_status_is_what_main_returns():
 
 
 def test_what_computes_nothing_starts_without_torch(tmp_path):
-    """The leaderboard and the check of the data: torch alone takes seconds to import."""
+    """The leaderboard, the report without pictures, the check of the data: torch alone takes seconds to import."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/options.yaml").write_text("inet: dsrnet_s\nnEpochs: 1\n")
     code = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from tools import prepare_data, summarize\n"
+        "from tools import prepare_data, report, summarize\n"
         f"folder = {str(tmp_path)!r}\n"
         "summarize.main([folder])\n"
+        "report.main([folder + '/run', '--pictures', 'none'])\n"
         "prepare_data.main(['check', folder])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
