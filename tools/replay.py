@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from options.arguments import train_parser
 from options.parser import Parser
 from util.errors import UserError
 from util.program import run
@@ -35,28 +36,14 @@ def replay(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from models.arch import create_model
     from models.arch.blocks import Block
-    from models.dsrnet_model_sirs import DSRNetModel
-    from models.losses import ReflectionLoss
-    from models.vgg import Vgg19
-    from util.device import wants_bf16
     from util.run import checkpoint
 
     state = checkpoint.load(options.file)
     if not {"batch", "names", "network", "inet", "options"} <= state.keys():
         raise UserError(f"{options.file}: not a saved step; a run leaves one when a loss or a gradient is not finite")
-    recipe = state["options"]
-    network = create_model(state["inet"])
-    network.load_state_dict(state["network"])
-    weights = {
-        name: recipe[name] for name in ("lambda_vgg", "lambda_rec", "lambda_excl", "lambda_mse") if name in recipe
-    }
-    vgg = None
-    if network.wants_features or recipe["lambda_vgg"]:
-        vgg = Vgg19(options.vgg_weights or recipe["vgg_weights"])
-    loss = ReflectionLoss(vgg, **weights)
-    model = DSRNetModel(network, vgg, loss, bf16=wants_bf16(recipe["precision"], torch.device("cpu")))
+    model = _model(state, options.vgg_weights)
+    network = model.network
     rows: dict[str, dict[str, float]] = {}
 
     def size(x: torch.Tensor) -> float:
@@ -86,6 +73,22 @@ def replay(options: argparse.Namespace) -> None:
     mark = _marks(rows)
     for name, row in rows.items():
         print(f"{name:{width}}  " + "  ".join(f"{row[column]:9.3g}" for column in columns) + mark.get(name, ""))
+
+
+def _model(state: dict, vgg_weights: str | None):
+    """The model that the run trained, with the weights of the step; options newer than the run have their defaults."""
+    import torch
+
+    from models import build_model
+    from util.device import wants_bf16
+
+    recorded = {action.dest: action.default for action in train_parser()._actions} | state["options"]
+    recorded |= {"weight_path": None, "checkpoint_activations": False}  # the weights are those of the step
+    recipe = argparse.Namespace(**recorded)
+    recipe.vgg_weights = vgg_weights or recipe.vgg_weights
+    model = build_model(recipe, wants_bf16(recipe.precision, torch.device("cpu")))
+    model.network.load_state_dict(state["network"])
+    return model
 
 
 def _marks(rows: dict[str, dict[str, float]]) -> dict[str, str]:

@@ -1,12 +1,17 @@
 """What isn't finite, wherever it comes from, is found at its step; the guard acts, or the step is kept for a replay."""
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 import engine
 from data.sirs_dataset import TrainSet
+from models import losses
+from models.arch import create_model
+from options import as_text, parse_train
 from tests.helpers import at_call, poison, run
 from tools import replay
 from util import program
@@ -100,6 +105,29 @@ def test_with_the_guard_the_run_goes_on(kind, tiny_data, tmp_path, monkeypatch, 
     assert ("back to the weights of step" in told) == (kind == "a weight")
     last = checkpoint.load(folder / "last.pt")
     assert last["global_step"] == 7 and all(p.isfinite().all() for p in last["network"].values())
+
+
+def test_replay_is_of_the_runs_own_loss(tmp_path, monkeypatch, capsys):
+    """And of its own --model, which builds it."""
+
+    class Doubled(losses.ReflectionLoss):
+        def forward(self, *given):
+            return {key: 2 * value for key, value in super().forward(*given).items()}
+
+    module = ModuleType("models.doubled")
+    module.ReflectionLoss = Doubled
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    options = as_text(parse_train(["--base_dir", ".", "--inet", "dsrnet_xs", "--lambda_vgg", "0"]))
+    batch = {key: torch.rand(1, 3, 16, 16) for key in ("mixture", "target_t", "target_r")}
+    state = {"format": checkpoint.FORMAT, "inet": "dsrnet_xs", "global_step": 3, "names": ["x"], "batch": batch}
+    state |= {"network": create_model("dsrnet_xs").state_dict()}
+    totals = []
+    for number, loss in enumerate(("losses", "doubled")):
+        checkpoint.save(state | {"options": options | {"loss": loss}}, tmp_path / f"{number}.pt")
+        assert program.run(replay.main, [str(tmp_path / f"{number}.pt")]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("losses:"))
+        totals.append(sum(float(part.split()[-1]) for part in line.split(",")))
+    assert totals[1] == pytest.approx(2 * totals[0], rel=1e-2)
 
 
 def test_replay_names_where_a_gradient_begins_to_be_infinite(capsys):
