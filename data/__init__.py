@@ -84,22 +84,23 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
     whole epoch on one process.
 
     Args:
-        options: dataset, batchSize, nThreads, seed, gpu_ids and those of `TrainSet`.
+        options: dataset, batchSize, accumulate, nThreads, seed, gpu_ids and those of `TrainSet`.
         sets: from `discover`.
         rank, world_size: the number of this process, and of how many; together they take batchSize * world_size
             samples a step.
 
     Raises:
-        UserError: an epoch is smaller than one batch of all processes.
+        UserError: an epoch is smaller than one step of all processes.
     """
     from data.loader import Loader
 
     dataset = _module(options).TrainSet(options, sets)
     sampler = EpochSampler(len(dataset), options.batchSize, options.seed, rank, world_size)
-    if not len(sampler):
+    if len(sampler) < options.accumulate:
         raise UserError(
-            f"an epoch of {len(dataset)} samples is smaller than one batch of {options.batchSize} on "
-            f"{world_size} process{'es' * (world_size > 1)}: lower --batchSize or raise --epoch_size"
+            f"an epoch of {len(dataset)} samples is smaller than one step of --batchSize {options.batchSize} x "
+            f"--accumulate {options.accumulate} on {world_size} process{'es' * (world_size > 1)}: lower these or raise "
+            "--epoch_size"
         )
     return Loader(
         dataset,

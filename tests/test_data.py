@@ -215,12 +215,15 @@ class TestLoaders:
         ]
         assert_same(joined, together)
 
-    def test_an_epoch_smaller_than_a_batch_is_an_error(self, base):
+    def test_an_epoch_smaller_than_a_step_is_an_error(self, base):
         options = options_for(base, "--batchSize", 5, "--epoch_size", 9)
         sets = discover(options)
         assert len(build_train_loader(options, sets)) == 1
         with pytest.raises(UserError, match="--batchSize"):
             build_train_loader(options, sets, rank=1, world_size=2)
+        options.accumulate = 2
+        with pytest.raises(UserError, match="--accumulate 2"):
+            build_train_loader(options, sets)
 
     def test_test_sets_come_in_order_and_can_be_shared_out(self, base):
         options = options_for(base)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import Diverged, learning_rate, parameter_groups
+from engine import Diverged
 from models.arch import create_model
 from options import parse_train, train_parser
 from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
@@ -25,6 +25,7 @@ from train_sirs import train
 from util import program
 from util.errors import UserError
 from util.images import read_image
+from util.optim import learning_rate, parameter_groups
 from util.published import AVERAGED_SETS
 from util.run import checkpoint
 from util.run.reader import read_metrics, table

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import parameter_groups
 from models.arch.mamba import DIRECTIONS, ImageMamba, Mamba
 from models.scan import set_backend
 from models.scan.backends import why_not
 from tests.golden.fill import fill, rng
+from util.optim import parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 needs_numba = pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="numba is not installed")

@@ -84,7 +84,7 @@ def test_a_skipped_step_changes_nothing(tiny_data, tmp_path, monkeypatch, capsys
     states = {}
     save = checkpoint.save
 
-    def keep(state, path, previous):
+    def keep(state, path, previous=None):
         states.setdefault(state["global_step"], copy.deepcopy(state))
         save(state, path, previous)
 

@@ -7,11 +7,12 @@ figures were measured and as a training with --if_align records. `native`: every
 tools/infer.py saves them. PSNR is the mean over the channels, as published; PSNR_joint is of all channels together.
 """
 
+import functools
 import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import parse_evaluate, separator_settings
 from util import disk, tables
 from util.program import run
-from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
+from util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from models.separator import Separator
     from util.evaluation import Separated
 
-AVERAGE, AVERAGE_PUBLISHED = "average", "average_published"
 INPUT = "input"
 
 
@@ -135,22 +135,20 @@ def measure_set(
     Returns:
         By name: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from util.evaluation import measure, separate
+    from util.evaluation import measure, measure_images, separate_batches
     from util.progress import track
 
     native = protocol == "native"
     predict = separator.predict if native else lambda image: separator.model.predict(image.to(separator.device))
-    jobs = []
-    with ThreadPoolExecutor(4) as pool:
-        for one in separate(track(loader, f"evaluating {name}", len(loader)), predict):
-            jobs.append((one.name, _further(one, native, lpips), pool.submit(measure, one, rounded=native)))
-    rows = []
-    for image, further, job in jobs:
-        found = job.result()
-        rows.append({"name": image} | {kind: found[kind] | further[kind] for kind in ("model", "input")})
-    return sorted(rows, key=lambda row: row["name"])
+    further: dict[str, dict] = {}
+
+    def images() -> Iterator["Separated"]:
+        for one in separate_batches(track(loader, f"evaluating {name}", len(loader)), predict):
+            further[one.name] = _further(one, native, lpips)  # not in a thread: LPIPS computes on the GPU
+            yield one
+
+    rows = measure_images(images(), separator.device, functools.partial(measure, rounded=native))
+    return [row | {kind: row[kind] | further[row["name"]][kind] for kind in ("model", "input")} for row in rows]
 
 
 def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], float] | None, str]:
@@ -189,17 +187,12 @@ def _further(one: "Separated", rounded: bool, lpips: Callable | None) -> dict[st
 
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
-    """A line for every set, one for all and, where the published sets are there, one for these."""
-    import numpy as np
+    """A line for every set, one for all and, if all published sets are there, one for these."""
+    from util.evaluation import mean_over_images, mean_over_sets
 
-    def mean(names: Sequence[str]) -> tuple[int, dict[str, float]]:
-        rows = [row for name in names for row in measured[name]]
-        return len(rows), {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
-
-    groups = {name: [name] for name in measured} | {AVERAGE: list(measured)}
-    if all(name in measured for name in AVERAGED_SETS):
-        groups[AVERAGE_PUBLISHED] = list(AVERAGED_SETS)
-    return [Line(estimate, inet, epoch, title, *mean(names)) for title, names in groups.items()]
+    sets = {name: mean_over_images(rows) for name, rows in measured.items()}
+    averages = {title: mean_over_sets([sets[name] for name in names]) for title, names in averaged_sets(sets).items()}
+    return [Line(estimate, inet, epoch, title, *mean) for title, mean in (sets | averages).items()]
 
 
 def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespace) -> str:

@@ -76,6 +76,19 @@ def set_deterministic(seed: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
 
 
+def random_states(device: torch.device) -> dict[str, torch.Tensor | None]:
+    """The states of torch's random numbers, as `set_random_states` takes them."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"random": torch.get_rng_state(), "random_cuda": cuda}
+
+
+def set_random_states(states: dict, device: torch.device) -> None:
+    """Continue the random numbers where `random_states` was called; those of a GPU only if it was called for one."""
+    torch.set_rng_state(states["random"])
+    if device.type == "cuda" and states["random_cuda"] is not None:
+        torch.cuda.set_rng_state(states["random_cuda"], device)
+
+
 # ---- memory -------------------------------------------------------------------------------------------------------
 
 

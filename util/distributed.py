@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from util import disk
 from util.device import choose_device
@@ -79,6 +81,12 @@ class World:
             dist.all_reduce(tensor)
             tensor /= self.size
         return tensor
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, with its gradients averaged over all processes."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -1,29 +1,48 @@
-"""Test images through a network, one by one, and how close what comes out is to the truth."""
+"""An evaluation: test images through a network, how close the results are to the truth, and the means over sets."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from util import disk
 from util.device import release_freed_memory
+from util.images import write_image
 from util.metrics import quality_assess
+
+_THREADS = 4  # that measure beside a GPU
 
 
 @dataclass(frozen=True)
 class Separated:
-    """A test image, what a network makes of it and the truth; (3, H, W) on the CPU, around 0..1."""
+    """A test image, what a network makes of it and the truth; (3, H, W) on the CPU, around 0..1.
+
+    The residue, around 0, is None for results that were read from files, which don't keep it.
+    """
 
     name: str
     mixture: Tensor
     transmission: Tensor
     reflection: Tensor
-    residue: Tensor
+    residue: Tensor | None
     target_t: Tensor
     target_r: Tensor
 
 
-def separate(batches: Iterable[dict], predict: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[Separated]:
+class Mean(NamedTuple):
+    """The mean metrics of a number of images."""
+
+    count: int
+    values: dict[str, float]
+
+
+def separate_batches(batches: Iterable[dict], predict: Callable[[Tensor], tuple[Tensor, ...]]) -> Iterator[Separated]:
     """Every image of a test set.
 
     Args:
@@ -46,13 +65,62 @@ def measure(one: Separated, rounded: bool = False) -> dict[str, dict[str, float]
 
     Args:
         one: the image.
-        rounded: take the estimate as a file of 8 bits holds it; the published protocol doesn't.
+        rounded: round the estimate to 8 bits, as a file holds it; the published protocol doesn't.
     """
     target, estimate = _pixels(one.target_t), _pixels(one.transmission.clamp(0, 1))
     return {
         "model": quality_assess(np.floor(estimate + 0.5) if rounded else estimate, target),
         "input": quality_assess(_pixels(one.mixture), target),
     }
+
+
+def write_layers(one: Separated, files: Mapping[str, Path]) -> None:
+    """Write some of the results; `files` names a PNG for each."""
+    for part, file in files.items():
+        with disk.writing(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_image(file, getattr(one, part).permute(1, 2, 0).numpy())
+
+
+def measure_images(
+    images: Iterable[Separated],
+    device: torch.device,
+    measure: Callable[[Separated], dict[str, dict[str, float]]] = measure,
+) -> list[dict]:
+    """The metrics of every image of a set.
+
+    Beside a GPU's forward passes, images are measured in threads. On the CPU they are not: the forward passes use all
+    cores, and threads beside them would slow them down by more than the measuring takes.
+
+    Args:
+        images: of `separate_batches`.
+        device: that computes the forward passes.
+        measure: returns the metrics of an image; called in a thread.
+
+    Returns:
+        A row per image, in the order of the names: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+    """
+    if device.type == "cpu":
+        measured = [(one.name, measure(one)) for one in images]
+    else:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            jobs = [(one.name, pool.submit(measure, one)) for one in images]
+        measured = [(name, job.result()) for name, job in jobs]
+    return sorted(({"name": name} | metrics for name, metrics in measured), key=itemgetter("name"))
+
+
+def mean_over_images(rows: Sequence[Mapping[str, float]]) -> Mean:
+    """The mean of every metric over the images of a set."""
+    return Mean(len(rows), {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]})
+
+
+def mean_over_sets(sets: Sequence[Mean]) -> Mean:
+    """The mean of every metric over several sets, weighted by their numbers of images."""
+    counts = [one.count for one in sets]
+    values = {
+        metric: float(np.average([one.values[metric] for one in sets], weights=counts)) for metric in sets[0].values
+    }
+    return Mean(sum(counts), values)
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The published benchmark: its sets, their sizes, and the figures that others have measured on them."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -32,6 +33,9 @@ TEST_SETS = {
 AVERAGED_SETS = tuple(name for name, found in TEST_SETS.items() if found.averaged)
 """The sets of the published average."""
 
+AVERAGE, AVERAGE_PUBLISHED = "average", "average_published"
+"""The mean over all test sets, and the mean over the sets of the published average."""
+
 REAL20 = [str(number) for number in (3, 4, 9, 12, 15, 22, 23, 25, 29, 39, 46, 47, 58, 86, 87, 89, 93, 103, 107, 110)]
 """The names of the images in Real20."""
 
@@ -49,3 +53,12 @@ FIGURES = {
     "WindowSeat": ((26.60, 0.864), (28.85, 0.938), (28.70, 0.933), (29.44, 0.936), (28.76, None)),
 }
 """PSNR and SSIM as their authors published them, of the averaged sets in this order, then of their average."""
+
+
+def averaged_sets(names: Iterable[str]) -> dict[str, list[str]]:
+    """The test sets that each average is over; AVERAGE_PUBLISHED is there only if all of its sets are."""
+    names = list(names)
+    groups = {AVERAGE: names} if names else {}
+    if set(AVERAGED_SETS) <= set(names):
+        groups[AVERAGE_PUBLISHED] = [name for name in names if name in AVERAGED_SETS]
+    return groups

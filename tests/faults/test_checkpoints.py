@@ -219,6 +219,22 @@ def test_without_a_whole_one_resuming_is_refused(run, tiny_data, capsys, monkeyp
     assert {path: path.read_bytes() for path in run.glob("*.pt")} == before
 
 
+def test_a_resumed_run_reads_and_checks_its_checkpoint_once(run, tiny_data, monkeypatch):
+    calls = {"read": 0, "finite": 0}
+
+    def count(name: str, plain):
+        def call(*given):
+            calls[name] += 1
+            return plain(*given)
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "load", count("read", checkpoint.load))
+    monkeypatch.setattr(checkpoint, "check_finite", count("finite", checkpoint.check_finite))
+    assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
+    assert calls == {"read": 1, "finite": 2}, "the weights, and their moving average"
+
+
 def test_resume_takes_the_one_before_where_a_kill_has_left_only_that(run, finished, tiny_data):
     (run / "last.pt").unlink()
     (run / ".tmp-epoch_009.pt").write_bytes(b"half of it")
@@ -373,11 +389,11 @@ def test_a_smaller_batch_with_more_accumulation_is_the_same_run():
         return {"options": options, "samples_per_step": 4, "data": {}, "code": {}}
 
     was, now = identity(batchSize=4, accumulate=1), identity(batchSize=2, accumulate=2)
-    harmless, serious = resume.changes(was, now)
+    harmless, serious = resume.differences(was, now)
     assert len(harmless) == 2 and serious == []
-    assert len(resume.changes(was, identity(batchSize=2, accumulate=1))[1]) == 1
+    assert len(resume.differences(was, identity(batchSize=2, accumulate=1))[1]) == 1
     cosine, more = identity(nEpochs=2, scheduler="cosine"), identity(nEpochs=3, scheduler="cosine")
-    assert resume.changes(cosine, more)[1] == ["--nEpochs was 2, now it is 3"], "it would change the rate"
+    assert resume.differences(cosine, more)[1] == ["--nEpochs was 2, now it is 3"], "it would change the rate"
 
 
 def test_changed_data_is_told_and_refused(run, tiny_data, tmp_path, capsys):

@@ -18,6 +18,7 @@ from tests.helpers import ROOT, arguments, at_call, run, same, state_of, wait_fo
 from tests.test_runner import NVIDIA_SMI, RECORDER, Project
 from util import program
 from util.run import checkpoint
+from util.run.record import Record
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 SETTINGS = ("--nEpochs", "2", "--epoch_size", "3", "--save_steps", "1")
@@ -56,7 +57,7 @@ def test_in_a_step(number, tiny_data, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(
     ("where", "name", "call"),
-    [(DSRNetModel, "predict", 2), (engine.checkpoint, "save", 2), (engine.Record, "averages", 1)],
+    [(DSRNetModel, "predict", 2), (checkpoint, "save", 2), (Record, "averages", 1)],
     ids=["evaluating", "saving", "between epochs"],
 )
 def test_outside_of_steps_and_resumed(where, name, call, whole, tiny_data, tmp_path, monkeypatch, capfd):

@@ -18,6 +18,7 @@ from tools.benchmarks.common import Measurement
 from util.device import keep_freed_memory, set_deterministic, wants_bf16
 from util.distributed import join
 from util.program import Interrupt
+from util.run.folder import RunFolder
 
 TEST_SET = "random"
 COLUMNS = {
@@ -68,7 +69,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
     keep_freed_memory()
     set_deterministic(training.seed)
     model = build_model(training, wants_bf16(training.precision, world.device))
-    return Engine(training, model, loaders, world, folder / "run"), loaders.tests[TEST_SET]
+    return Engine(training, model, loaders, world, RunFolder(folder / "run")), loaders.tests[TEST_SET]
 
 
 def measure(engine: Engine, loader: Loader, options: argparse.Namespace, device: str) -> list[Measurement]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import parameter_groups
 from models import build_model
 from models.arch import create_model
 from models.arch.mamba import Mamba
@@ -18,6 +17,7 @@ from models.scan import set_backend
 from options import train_parser
 from tools.inspection.costs import FORMULAS
 from util.errors import UserError
+from util.optim import parameter_groups
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
 
 import data
 from models.separator import load_separator
 from options.arguments import train_parser
 from util.errors import UserError
+from util.evaluation import Separated, measure
 from util.images import read_image
-from util.metrics import quality_assess
 from util.progress import Progress
 from util.run import checkpoint
+from util.run.folder import RunFolder
 from util.run.reader import Run
 
-Separate = Callable[[Tensor, str, str], dict[str, np.ndarray]]
-"""(mixture (3, H, W), set, name) -> pictures by kind, (H, W, 3) each."""
+Separate = Callable[[dict, str], Separated]
+"""(sample of a test set, name of the set) -> what a network makes of it."""
 
 
 @dataclass
@@ -52,10 +53,11 @@ def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]
         UserError: what is needed for the pictures is missing; the message says what to do.
     """
     recipe = _recipe(run, options)
-    weights = options.checkpoint or next((p for n in ("best", "last") if (p := run.folder / f"{n}.pt").exists()), None)
+    files = RunFolder(run.folder)
+    weights = options.checkpoint or next((path for path in (files.best, files.last) if path.exists()), None)
     state = checkpoint.load(weights) if weights and options.pictures != "saved" else None
     if _takes_saved(run, options, state):
-        separate, source = _saved(run.folder / "images"), f"images/, epoch {_last_epoch(run)}"
+        separate, source = _saved(files), f"images/, epoch {_last_epoch(run)}"
     elif state is None:
         raise UserError(f"{run.folder}: neither weights nor images/; name --checkpoint FILE, or --pictures none")
     else:
@@ -85,7 +87,7 @@ def _last_epoch(run: Run) -> int | None:
 
 
 def _takes_saved(run: Run, options: argparse.Namespace, state: dict | None) -> bool:
-    there = (run.folder / "images").is_dir()
+    there = RunFolder(run.folder).images.is_dir()
     if options.pictures == "saved" and not there:
         raise UserError(f"--pictures saved: {run.folder}/images is not there; --save_images writes it")
     if options.pictures != "auto" or not there:
@@ -93,17 +95,16 @@ def _takes_saved(run: Run, options: argparse.Namespace, state: dict | None) -> b
     return state is None or (options.checkpoint is None and state.get("epoch") == _last_epoch(run))
 
 
-def _saved(folder: Path) -> Separate:
+def _saved(folder: RunFolder) -> Separate:
     """Reads what --save_images has written."""
 
-    def read(mixture: Tensor, set_name: str, name: str) -> dict[str, np.ndarray]:
-        stem = folder / set_name / name
-        files = {"transmission": stem.with_name(f"{name}_t.png"), "reflection": stem.with_name(f"{name}_r.png")}
-        layers = {kind: read_image(file) for kind, file in files.items()}
-        for kind, layer in layers.items():
-            if layer.shape[:2] != tuple(mixture.shape[1:]):
-                raise UserError(f"{files[kind]}: not of its test image's size; use --pictures weights")
-        return layers
+    def read(sample: dict, set_name: str) -> Separated:
+        layers = {}
+        for kind, file in folder.layers(set_name, sample["name"]).items():
+            layers[kind] = torch.from_numpy(read_image(file)).permute(2, 0, 1)
+            if layers[kind].shape != sample["mixture"].shape:
+                raise UserError(f"{file}: not of its test image's size; use --pictures weights")
+        return Separated(**sample, **layers, residue=None)
 
     return read
 
@@ -112,9 +113,10 @@ def _separator(weights: Path, inet: str, recipe: argparse.Namespace, options: ar
     """Computes, with the weights of a checkpoint."""
     separator = load_separator(weights, inet, recipe.vgg_weights, recipe.precision, options.gpu_ids)
 
-    def separate(mixture: Tensor, *_) -> dict[str, np.ndarray]:
-        t, r, residue = (_array(x[0]) for x in separator.model.predict(mixture[None].to(separator.device)))
-        return {"transmission": t, "reflection": r, "residue": residue / 2 + 0.5}
+    def separate(sample: dict, _: str) -> Separated:
+        outputs = separator.model.predict(sample["mixture"][None].to(separator.device))
+        t, r, residue = (output[0].cpu().nan_to_num() for output in outputs)
+        return Separated(**sample, transmission=t, reflection=r, residue=residue)
 
     return separate
 
@@ -124,23 +126,17 @@ def _all(loaders: dict, separate: Separate) -> Iterator[Shown]:
     try:
         for set_name, loader in loaders.items():
             for sample in loader.dataset:
-                yield _shown(sample, set_name, separate)
+                yield _shown(separate(sample, set_name), set_name)
                 progress.step()
     finally:
         progress.close()
 
 
-def _shown(sample: dict, set_name: str, separate: Separate) -> Shown:
-    """Separated and measured; measured are the pixels that are shown, at full size."""
-    mixture, target = _array(sample["mixture"]), _array(sample["target_t"])
-    layers = {
-        kind: np.nan_to_num(layer) for kind, layer in separate(sample["mixture"], set_name, sample["name"]).items()
-    }
-    metrics = quality_assess(layers["transmission"].clip(0, 1) * 255, target * 255)
-    before = quality_assess(mixture * 255, target * 255)
-    return Shown(set_name, sample["name"], {"input": mixture, "target": target, **layers}, metrics, before)
-
-
-def _array(image: Tensor) -> np.ndarray:
-    """(3, H, W) to (H, W, 3)."""
-    return image.detach().cpu().permute(1, 2, 0).numpy()
+def _shown(one: Separated, set_name: str) -> Shown:
+    """Measured are the pixels that are shown, at full size."""
+    found = measure(one)
+    layers = {"input": one.mixture, "target": one.target_t}
+    layers |= {"transmission": one.transmission, "reflection": one.reflection}
+    layers |= {} if one.residue is None else {"residue": one.residue / 2 + 0.5}
+    arrays = {kind: layer.permute(1, 2, 0).numpy() for kind, layer in layers.items()}
+    return Shown(set_name, one.name, arrays, found["model"], found["input"])

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, finished or not, whole or damaged: what the leaderboard and the report read."""
+"""Reads runs on the disk, finished or not, whole or damaged, for the leaderboard and the report; without torch."""
 
 import contextlib
 import json
@@ -15,28 +15,27 @@ import yaml
 
 from util import tables
 from util.errors import UserError
+from util.published import AVERAGE
+from util.run.folder import RunFolder
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 SCORES = METRICS[:2]
 
-STARTS = "starts.jsonl"
-
-_MARKS = ("options.yaml", "metrics.jsonl", "last.pt", "best.pt")
 _EVENTS = "events.out.tfevents.*"
 _HEAD = re.compile(r"# .*, started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), torch ([^\s,]+), (.+)")
 
 
 @dataclass
 class Run:
-    """A run's folder, read.
+    """What a run's folder says.
 
     Attributes:
-        folder: where it lies.
-        options: of options.yaml, empty where there is none that can be read.
+        folder: of the run.
+        options: of options.yaml; empty if that can't be read.
         starts: how each start was made, the oldest first: when (`started`), with which `torch`, on which `machine`, and
             the options that describe a start, such as its `comment`.
-        lines: those of metrics.jsonl that are whole.
-        problems: what could not be read, in words.
+        lines: the whole lines of metrics.jsonl.
+        problems: messages about what could not be read.
     """
 
     folder: Path
@@ -52,7 +51,7 @@ class Run:
 
     @property
     def comment(self) -> str:
-        """What the run is, in its owner's words; those of the latest start that has any."""
+        """The text that the user gave to the run; that of the latest start that has one."""
         return next((str(start["comment"]) for start in reversed(self.starts) if start.get("comment")), "")
 
     def of_start(self, what: str) -> str:
@@ -61,18 +60,18 @@ class Run:
 
     @property
     def sets(self) -> list[str]:
-        """Sets that were evaluated, in the order of their first line; `val` and averages included."""
+        """The sets that were evaluated, in the order of their first line, `val` and averages included."""
         return list(dict.fromkeys(line["set"] for line in self.lines))
 
     @property
     def epochs(self) -> list[int]:
         """Epochs whose evaluation is complete: they have an average, or the run has no test set at all."""
-        wanted = "average" if "average" in self.sets else "val"
+        wanted = AVERAGE if AVERAGE in self.sets else "val"
         return sorted({line["epoch"] for line in self._of(wanted)})
 
     @property
     def epochs_wanted(self) -> int | None:
-        """How many epochs the run was to have."""
+        """The number of epochs that the run was started for."""
         wanted = self.options.get("nEpochs")
         return wanted if isinstance(wanted, int) else None
 
@@ -82,20 +81,20 @@ class Run:
         return bool(self.epochs) and self.epochs_wanted is not None and self.epochs[-1] >= self.epochs_wanted
 
     def line(self, name: str, epoch: int | None, estimate: str = "model") -> dict | None:
-        """The line of a set and epoch; that of the untouched input is of epoch 0."""
+        """The line of a set and epoch; the untouched input has epoch 0."""
         return next((line for line in self._of(name, estimate) if line["epoch"] == epoch), None)
 
     def best_epoch(self, name: str) -> int | None:
-        """The first of the complete epochs with the highest PSNR on a set; None where there is none."""
+        """The first of the complete epochs with the highest PSNR on a set; None if there is none."""
         lines = [line for line in self._of(name) if line["epoch"] in self.epochs and math.isfinite(line["PSNR"])]
         return max(lines, key=lambda line: (line["PSNR"], -line["epoch"]))["epoch"] if lines else None
 
     @property
     def picked(self) -> tuple[int | None, str]:
-        """The epoch whose figures stand for the run, and what picked it.
+        """The epoch whose figures represent the run, and what picked it.
 
-        `val`: the held-out pairs; `last`: a run without them is judged by its last epoch, which no test set picked;
-        an empty word: nothing has been evaluated.
+        `val`: the held-out pairs picked it. `last`: a run without held-out pairs is represented by its last epoch, so
+        that no test set picks. An empty word: nothing has been evaluated.
         """
         best = self.best_epoch("val")
         if best is not None:
@@ -104,7 +103,7 @@ class Run:
 
     @property
     def hours(self) -> float | None:
-        """Between the first and the last point of every start's TensorBoard events, summed; None without events."""
+        """The time between the first and the last TensorBoard event of every start, summed; None without events."""
         spans = [span for path in self.folder.glob(_EVENTS) if (span := _span(path)) is not None]
         return sum(spans) / 3600 if spans else None
 
@@ -116,7 +115,7 @@ class Run:
             for name in names:
                 try:
                     found = (Path(place) / name).lstat()
-                except FileNotFoundError:  # a run that is going on has just renamed it
+                except FileNotFoundError:  # the run is going on and has just renamed it
                     continue
                 sizes[found.st_dev, found.st_ino] = found.st_size
         return sum(sizes.values())
@@ -126,8 +125,10 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds anything that a run leaves."""
-    return any((folder / mark).is_file() for mark in _MARKS) or next(folder.glob(_EVENTS), None) is not None
+    """Whether a folder holds any file that a run writes."""
+    files = RunFolder(folder)
+    marks = (files.options, files.metrics, files.last, files.best)
+    return any(mark.is_file() for mark in marks) or next(folder.glob(_EVENTS), None) is not None
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -152,16 +153,15 @@ def find_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Read a run's folder; what is damaged is listed in its `problems`."""
     run = Run(folder)
-    run.starts = [line for line in _json_lines(folder / STARTS) if isinstance(line, dict)]
+    run.starts = [line for line in _json_lines(RunFolder(folder).starts) if isinstance(line, dict)]
     _read_options(run)
     _read_lines(run)
     return run
 
 
 def _read_options(run: Run) -> None:
-    path = run.folder / "options.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = RunFolder(run.folder).options.read_text(encoding="utf-8")
         options = yaml.safe_load(text)
     except FileNotFoundError:
         run.problems.append("no options.yaml")
@@ -179,7 +179,7 @@ def _read_options(run: Run) -> None:
 
 
 def _read_lines(run: Run) -> None:
-    path = run.folder / "metrics.jsonl"
+    path = RunFolder(run.folder).metrics
     try:
         run.lines = read_metrics(run.folder)
         written = len(path.read_bytes().splitlines()) if path.exists() else 0
@@ -194,7 +194,7 @@ def _read_lines(run: Run) -> None:
 
 def read_metrics(folder: Path) -> list[dict]:
     """The whole lines of a run's metrics.jsonl: one cut short by a kill, or damaged, is left out."""
-    return [line for line in _json_lines(folder / "metrics.jsonl") if _is_whole(line)]
+    return [line for line in _json_lines(RunFolder(folder).metrics) if _is_whole(line)]
 
 
 def _json_lines(path: Path) -> list[object]:
@@ -207,8 +207,8 @@ def _json_lines(path: Path) -> list[object]:
 
 
 def _is_whole(line: object) -> bool:
-    """Whether a line has all keys, each with a value of its kind."""
-    return isinstance(line, dict) and all(_KINDS[key](line.get(key)) for key in _KINDS)
+    """Whether a line has all keys, each with a value of the right type."""
+    return isinstance(line, dict) and all(check(line.get(key)) for key, check in _LINE_CHECKS.items())
 
 
 def _is_count(value: object) -> bool:
@@ -223,8 +223,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
-_KINDS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
-_KINDS |= dict.fromkeys(METRICS, _is_number)
+_LINE_CHECKS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
+_LINE_CHECKS |= dict.fromkeys(METRICS, _is_number)
 
 
 def table(lines: list[dict]) -> str:
@@ -249,14 +249,15 @@ def table(lines: list[dict]) -> str:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a value as `options.as_text` writes it."""
+    """Whether a value is of a type that `options.as_text` writes."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, str | int | float) for part in parts)
 
 
 def _span(path: Path) -> float | None:
-    """Seconds between the first and the last record of an events file, of which only the heads are read; a clock that
-    was set back in between costs no more than the seconds to the next record.
+    """Seconds between the first and the last record of an events file.
+
+    Only the heads of the records are read. If the clock was set back, no more is lost than the time to the next record.
 
     A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
     and its time.

@@ -1,17 +1,20 @@
-"""The one record of a run: its options, its starts, what it measured, what it made.
+"""The one record of a run, written by its training: its options, its starts, its measurements, its pictures.
 
 In the run's folder: options.yaml, starts.jsonl (a line per start), metrics.jsonl (a line per epoch and set),
-per_image/epoch_NNN.csv, panels/ (the newest picture of each set) and TensorBoard's events. Everything that shows or
-compares runs reads these.
+per_image/epoch_NNN.csv, panels/ (the newest picture of each set), images/ (with --save_images) and TensorBoard's
+events. Everything that shows or compares runs reads these; see util/run/reader.py.
 """
 
 import argparse
 import csv
 import json
 import platform
+import resource
 import socket
+import sys
 import time
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +23,23 @@ import yaml
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from options import as_text
 from options.config import RECORDED
 from options.parser import START
 from util import disk
+from util.distributed import World
+from util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
 from util.images import write_image
-from util.published import AVERAGED_SETS
-from util.run.reader import METRICS, STARTS, read_metrics, read_run
+from util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
+from util.run.folder import RunFolder
+from util.run.reader import METRICS, read_metrics, read_run
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _EVENTS = "events.out.tfevents."
+_AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)
 
 
 class Record:
@@ -40,32 +48,30 @@ class Record:
     Args:
         folder: of the run; made if missing.
         options: those that describe the run go to options.yaml, those of this start to starts.jsonl.
-        epochs_done: how many epochs the record may hold; lines of later ones, which a resumed run repeats, go.
-        step: steps of the optimiser that are done; TensorBoard's points of later ones, which are repeated, too, go.
+        epochs_done: how many epochs the record keeps; lines of later epochs, which a resumed run repeats, are deleted.
+        step: steps of the optimiser that are done; TensorBoard's points of later steps, which are repeated, are
+            deleted, too.
         active: whether this process writes.
     """
 
     def __init__(self, folder: Path, options: argparse.Namespace, epochs_done: int, step: int, active: bool = True):
-        self.folder, self.active = folder, active
+        self.folder, self.active = RunFolder(folder), active
         self.lines: list[dict] = []
         if not active:
             return
-        for part in ("per_image", "panels"):
-            with disk.writing(folder / part):
-                (folder / part).mkdir(parents=True, exist_ok=True)
+        for part in (self.folder.per_image, self.folder.panels):
+            with disk.writing(part):
+                part.mkdir(parents=True, exist_ok=True)
         start = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": str(torch.__version__)}
         start |= {"machine": platform.platform()} | as_text(options, [START])
-        starts = [*read_run(folder).starts, start]
-        with disk.replacing(folder / STARTS) as path:
-            path.write_text("".join(json.dumps(each) + "\n" for each in starts), encoding="utf-8")
+        _write_lines(self.folder.starts, [*read_run(folder).starts, start])
         text = yaml.safe_dump(as_text(options, RECORDED), sort_keys=True, allow_unicode=True)
-        with disk.replacing(folder / "options.yaml") as path:
+        with disk.replacing(self.folder.options) as path:
             path.write_text(text, encoding="utf-8")
-        self.metrics_path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(folder) if line["epoch"] <= epochs_done]
         measured = {line["set"] for line in lines if line["estimate"] == "model"}  # its input is measured just before
         self.lines = [line for line in lines if line["set"] in measured]
-        self._rewrite()
+        _write_lines(self.folder.metrics, self.lines)
         self._events = _Events(folder, step)
         self._events.add(summary.text("options", f"{options.comment}\n\n```yaml\n{text}```"), step)
 
@@ -74,16 +80,17 @@ class Record:
         return any(line["set"] == name and line["estimate"] == "input" for line in self.lines)
 
     def evaluation(self, epoch: int, step: int, name: str, rows: list[dict], seconds: float) -> None:
-        """The images of one set, each with its metrics and those of its untouched input, become its lines.
+        """Add the lines of one set.
 
         Args:
-            rows: per image {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+            rows: a row per image, as of `util.evaluation.measure_images`.
+            seconds: that the evaluation took.
         """
         if not self.active:
             return
         if not self.has_input(name):
-            self._line(0, 0, name, "input", len(rows), _mean([row["input"] for row in rows]), 0.0)
-        self._line(epoch, step, name, "model", len(rows), _mean([row["model"] for row in rows]), seconds)
+            self._line(0, 0, name, "input", mean_over_images([row["input"] for row in rows]), 0.0)
+        self._line(epoch, step, name, "model", mean_over_images([row["model"] for row in rows]), seconds)
         path = self._table(epoch)
         with disk.writing(path), path.open("a", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -94,16 +101,16 @@ class Record:
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
 
     def start_evaluation(self, epoch: int, names: Collection[str]) -> None:
-        """Forget what an earlier evaluation of these sets in this epoch, whole or cut off, has left."""
+        """Delete what an earlier evaluation of these sets in this epoch, whole or cut off, has left."""
         if not self.active:
             return
 
         def stays(line: dict) -> bool:
-            other = line["set"] not in names and not line["set"].startswith("average")
+            other = line["set"] not in names and line["set"] not in _AVERAGES
             return other or line["epoch"] != epoch or line["estimate"] == "input"
 
         self.lines = [line for line in self.lines if stays(line)]
-        self._rewrite()
+        _write_lines(self.folder.metrics, self.lines)
         path = self._table(epoch)
         if path.exists():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -112,26 +119,21 @@ class Record:
                 csv.writer(file).writerows([_COLUMNS, *rows])
 
     def averages(self, epoch: int, step: int) -> None:
-        """Count-weighted averages over all test sets, and over the published ones where all are there."""
+        """Add the means over all test sets and, if all published sets are there, over these."""
         if not self.active:
             return
-        for title, wanted in (("average", None), ("average_published", AVERAGED_SETS)):
-            for estimate, at in (("input", 0), ("model", epoch)):
-                lines = [
-                    line
-                    for line in self.lines
-                    if line["epoch"] == at
-                    and line["estimate"] == estimate
-                    and line["set"] != "val"
-                    and not line["set"].startswith("average")
-                    and (wanted is None or line["set"] in wanted)
-                ]
-                enough = len(lines) == len(wanted) if wanted else bool(lines)
-                if enough and not (estimate == "input" and self.has_input(title)):
-                    counts = [line["count"] for line in lines]
-                    values = {m: float(np.average([line[m] for line in lines], weights=counts)) for m in METRICS}
-                    seconds = sum(line["seconds"] for line in lines)
-                    self._line(at, step if at else 0, title, estimate, sum(counts), values, seconds)
+        lines = {(estimate, at): self._of_sets(estimate, at) for estimate, at in (("input", 0), ("model", epoch))}
+        for title, names in averaged_sets(lines["model", epoch]).items():
+            for (estimate, at), of_sets in lines.items():
+                if not (estimate == "input" and self.has_input(title)):
+                    chosen = [of_sets[name] for name in names]
+                    mean = mean_over_sets([Mean(line["count"], {m: line[m] for m in METRICS}) for line in chosen])
+                    self._line(at, step if at else 0, title, estimate, mean, sum(line["seconds"] for line in chosen))
+
+    def scores(self, epoch: int) -> str:
+        """PSNR and SSIM of the model on every set, in a line."""
+        lines = [line for line in self.lines if line["epoch"] == epoch and line["estimate"] == "model"]
+        return "  ".join(f"{line['set']} {line['PSNR']:.2f}/{line['SSIM']:.3f}" for line in lines)
 
     def latest(self, name: str, metric: str = "PSNR") -> float | None:
         """The newest value of the model on a set."""
@@ -146,45 +148,97 @@ class Record:
             for tag, value in values.items():
                 self._events.add(summary.scalar(tag, value), step)
 
-    def panel(self, step: int, name: str, images: list[np.ndarray]) -> None:
-        """A set's picture: rows of (H, W, 3) images in 0..1, to TensorBoard and, the newest only, to panels/."""
+    def panel(self, step: int, name: str, images: Sequence[Separated]) -> None:
+        """A set's picture, a row per image: to TensorBoard and, the newest only, to panels/."""
         if self.active and images:
-            width = max(image.shape[1] for image in images)
-            padded = [np.pad(i, ((0, 8), (0, width - i.shape[1]), (0, 0)), constant_values=1.0) for i in images]
+            rows = [_row(one) for one in images]
+            width = max(row.shape[1] for row in rows)
+            padded = [np.pad(row, ((0, 8), (0, width - row.shape[1]), (0, 0)), constant_values=1.0) for row in rows]
             picture = np.concatenate(padded)
             self._events.add(summary.image(f"panels/{name}", picture, dataformats="HWC"), step)
-            write_image(self.folder / "panels" / f"{name}.png", picture)
+            write_image(self.folder.panels / f"{name}.png", picture)
 
     def close(self) -> None:
         """Close what is open."""
         if self.active:
             self._events.close()
 
-    def _line(self, epoch: int, step: int, name: str, estimate: str, count: int, values: dict, seconds: float) -> None:
-        line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": count}
-        line |= {metric: values[metric] for metric in METRICS} | {"seconds": round(seconds, 3)}
+    def _line(self, epoch: int, step: int, name: str, estimate: str, mean: Mean, seconds: float) -> None:
+        line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": mean.count}
+        line |= {metric: mean.values[metric] for metric in METRICS} | {"seconds": round(seconds, 3)}
         self.lines.append(line)
-        with disk.writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+        with disk.writing(self.folder.metrics), self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if estimate == "model":
-            self.scalars(step, {f"{name}/{metric}": values[metric] for metric in METRICS})
+            self.scalars(step, {f"{name}/{metric}": mean.values[metric] for metric in METRICS})
+
+    def _of_sets(self, estimate: str, epoch: int) -> dict[str, dict]:
+        """The lines of an epoch by test set, in their order."""
+        return {
+            line["set"]: line
+            for line in self.lines
+            if line["epoch"] == epoch and line["estimate"] == estimate and line["set"] not in {"val", *_AVERAGES}
+        }
 
     def _table(self, epoch: int) -> Path:
-        return self.folder / "per_image" / f"epoch_{epoch:03}.csv"
+        return self.folder.per_image / f"epoch_{epoch:03}.csv"
 
-    def _rewrite(self) -> None:
-        with disk.replacing(self.metrics_path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+class TrainingMeans:
+    """Means over the steps between two points of TensorBoard's curves.
+
+    Attributes:
+        waited: seconds that the training has waited for data.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.steps = self.images = 0
+        self.sums: dict[str, Tensor] = defaultdict(float)
+
+    def add(self, terms: dict[str, Tensor], norm: Tensor, images: int) -> None:
+        """Add a step: the terms of its loss, the norm of its gradient, its number of images in all processes."""
+        self.steps += 1
+        self.images += images
+        for key, value in {**terms, "total": sum(terms.values())}.items():
+            self.sums[f"train/loss_{key}"] = self.sums[f"train/loss_{key}"] + value
+        self.sums["train/gradient_norm"] = self.sums["train/gradient_norm"] + norm
+
+    def values(self, world: World, faults: dict[str, int]) -> dict[str, float]:
+        """The points of the curves; called in all processes.
+
+        Args:
+            world: this process among all.
+            faults: how often this process's loader has had to replace data in this epoch, by kind.
+        """
+        means = []
+        if self.steps:
+            means = world.mean(torch.stack([value.detach() for value in self.sums.values()]) / self.steps).tolist()
+        counts = world.mean(torch.tensor([*faults.values()], dtype=torch.float32, device=self.device))
+        seconds = time.perf_counter() - self.began
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        else:  # the process's peak, in KiB on Linux and in bytes on macOS
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return dict(zip(self.sums, means, strict=True)) | {
+            "speed/images_per_second": self.images / seconds,
+            "speed/seconds_waited_for_data": self.waited,
+            "speed/share_waiting_for_data": self.waited / seconds,
+            "speed/peak_memory_GiB": memory / 2**30,
+            **{f"data/{kind}": count * world.size for kind, count in zip(faults, counts.tolist(), strict=True)},
+        }
 
 
 class _Events:
     """TensorBoard's file of events, written at once and in this thread.
 
-    A SummaryWriter's thread tells of a full disk minutes later or, at the end, not at all.
+    torch's SummaryWriter writes in a thread of its own, which reports a full disk minutes later or, at the end, never.
 
     Args:
         folder: of the run.
-        step: steps of the optimiser that are done; points of later ones that earlier files have are void.
+        step: steps of the optimiser that are done; TensorBoard ignores points of later steps in earlier files.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -212,5 +266,17 @@ class _Events:
             self._file.flush()
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
+def _write_lines(path: Path, lines: Sequence[dict]) -> None:
+    with disk.replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _row(one: Separated) -> np.ndarray:
+    """A row of a panel: mixture, transmission and its target, reflection and its target, residue."""
+    tiles = (one.mixture, one.transmission, one.target_t, one.reflection, one.target_r, one.residue / 2 + 0.5)
+    return np.concatenate([_with_margin(tile) for tile in tiles], axis=1)
+
+
+def _with_margin(image: Tensor) -> np.ndarray:
+    """(3, H, W) to (H, W + 8, 3) in 0..1, with a white margin."""
+    return np.pad(image.clamp(0, 1).permute(1, 2, 0).numpy(), ((0, 0), (0, 8), (0, 0)), constant_values=1.0)

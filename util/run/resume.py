@@ -1,25 +1,50 @@
-"""What has changed since a run began, and whether it can be continued all the same."""
+"""Whether a run can be continued: is its checkpoint usable, and what has changed since the run began."""
 
 import hashlib
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from options import as_text
 from options.arguments import roles
 from options.parser import START, WHAT
 from util.errors import UserError
+from util.run import checkpoint
 
 TEST = "test set "
-"""How the names of sets begin that are only measured."""
+"""The prefix of the names of sets that are only evaluated."""
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CODE = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/**/*.py")
+_SOURCES = ("*.py", "data/*.py", "models/**/*.py", "options/*.py", "util/**/*.py")
+
+_STATE_TYPES = {"inet": str, "options": dict, "epoch": int, "step": int, "global_step": int, "best": float | None}
+_STATE_TYPES |= {"network": dict, "ema": dict | None, "ema_updates": int, "optimizer": dict, "random": Tensor}
+"""What a checkpoint must hold so that a run can be continued from it."""
+
+
+def identity(options: Namespace, data: dict[str, dict], samples_per_step: int) -> dict:
+    """What a run is, part of each of its checkpoints.
+
+    Args:
+        options: of `options.parse_train`.
+        data: of `fingerprint`.
+        samples_per_step: of all processes.
+    """
+    return {
+        "inet": options.inet,
+        "options": as_text(options),
+        "samples_per_step": samples_per_step,
+        "data": data,
+        "code": source_hashes(),
+    }
 
 
 def fingerprint(files: Mapping[str, Sequence[Path]], base: Path) -> dict[str, dict]:
-    """The files of each set in a few bytes: how many they are, and a hash of their names below `base` and sizes."""
+    """The files of each set in a few bytes: their number, and a hash of their names below `base` and their sizes."""
     found = {}
     for name, paths in files.items():
         digest = hashlib.blake2b(digest_size=16)
@@ -30,16 +55,58 @@ def fingerprint(files: Mapping[str, Sequence[Path]], base: Path) -> dict[str, di
     return found
 
 
-def code() -> dict[str, str]:
+def source_hashes() -> dict[str, str]:
     """The program: torch's version, and a hash of every source file that training uses."""
     found = {"torch": str(torch.__version__)}
-    for path in sorted(path for pattern in _CODE for path in _ROOT.glob(pattern)):
+    for path in sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern)):
         found[path.relative_to(_ROOT).as_posix()] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
     return found
 
 
-def changes(before: dict, now: dict) -> tuple[list[str], list[str]]:
-    """What differs between two of `Engine.identity`, a line each: what is harmless, and what isn't."""
+def check_usable(state: dict, where: Path, options: Namespace, weights: dict[str, Tensor]) -> None:
+    """Check that a checkpoint is complete, and of this model.
+
+    Args:
+        state: the content of the checkpoint.
+        where: its file.
+        options: inet and ema are used.
+        weights: the network's state dict.
+
+    Raises:
+        UserError: it isn't.
+    """
+    wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name, ...), kind)]
+    if wrong:
+        raise UserError(f"{where}: not what a run can be continued from: no usable {', '.join(wrong)} in it")
+    if state["inet"] != options.inet:
+        raise UserError(f"{where}: a checkpoint of {state['inet']}, but --inet is {options.inet}")
+    if bool(state["ema"]) != bool(options.ema):
+        raise UserError(f"{where}: written {'with' if state['ema'] else 'without'} --ema; resume likewise")
+    for part in ("network", "ema"):
+        if state[part]:
+            checkpoint.check_fit(weights, state[part], str(where))
+            checkpoint.check_finite(state[part], f"{where}, {part}")
+
+
+def check_continuable(before: dict, now: dict) -> list[str]:
+    """Compare two of `identity`: that of a run's checkpoint, and that of the run as it would go on.
+
+    Returns:
+        Lines about what has changed.
+
+    Raises:
+        UserError: it would become another run, --resume force is not given, and more than an evaluation is wanted.
+    """
+    harmless, serious = differences(before, now)
+    if serious and now["options"]["resume"] != "force" and now["options"]["nEpochs"]:
+        listed = "\n  ".join(serious)
+        raise UserError(f"--resume: the run would not be the one that it was:\n  {listed}\nPut that back, give the run "
+                        "another --name, or insist with --resume force")  # fmt: skip
+    return [f"changed since the run was saved: {line}" for line in serious + harmless]
+
+
+def differences(before: dict, now: dict) -> tuple[list[str], list[str]]:
+    """The differences between two of `identity`, a line each: the harmless ones, and those that make another run."""
     harmless: list[str] = []
     serious: list[str] = []
     for name, (was, is_now) in _differing(before["options"], now["options"]).items():
@@ -48,33 +115,19 @@ def changes(before: dict, now: dict) -> tuple[list[str], list[str]]:
             (harmless if _is_harmless(name, before, now) else serious).append(f"--{name} was {was}, now it is {is_now}")
     for name, (was, is_now) in _differing(before.get("data", now["data"]), now["data"]).items():
         if not name.startswith(TEST) and not now["options"]["nEpochs"]:
-            continue  # what isn't trained on isn't looked for
+            continue  # an evaluation doesn't look for training data
         counts = [found["files"] if found else "no" for found in (was, is_now)]
-        told = f"{name}: {counts[0]} files, as before, but with other names or sizes"
+        line = f"{name}: {counts[0]} files, as before, but with other names or sizes"
         if counts[0] != counts[1]:
-            told = f"{name}: there were {counts[0]} files, now there are {counts[1]}"
+            line = f"{name}: there were {counts[0]} files, now there are {counts[1]}"
         picks = not name.startswith(TEST) or now["options"]["best_by"] == "test"
-        (serious if picks else harmless).append(told)
+        (serious if picks else harmless).append(line)
     if changed := _differing(before.get("code", now["code"]), now["code"]):
         harmless.append(f"the program isn't the same: {', '.join(changed)}")
     was, is_now = before.get("samples_per_step"), now["samples_per_step"]
     if was != is_now and not any(line.startswith(("--batchSize", "--accumulate")) for line in serious):
         harmless.append(f"a step had {was} samples, now it has {is_now}, as the processes are others")
     return harmless, serious
-
-
-def check(before: dict, now: dict) -> list[str]:
-    """Lines about what has changed, when a run with one of `Engine.identity` goes on with another.
-
-    Raises:
-        UserError: it would become another run, and neither --resume force insists on that nor is it only evaluated.
-    """
-    harmless, serious = changes(before, now)
-    if serious and now["options"]["resume"] != "force" and now["options"]["nEpochs"]:
-        listed = "\n  ".join(serious)
-        raise UserError(f"--resume: the run would not be the one that it was:\n  {listed}\nPut that back, give the run "
-                        "another --name, or insist with --resume force")  # fmt: skip
-    return [f"changed since the run was saved: {line}" for line in serious + harmless]
 
 
 def _is_harmless(name: str, before: dict, now: dict) -> bool:
@@ -87,6 +140,6 @@ def _is_harmless(name: str, before: dict, now: dict) -> bool:
 
 
 def _differing(before: Mapping, now: Mapping) -> dict[str, tuple]:
-    """The keys whose values aren't the same, with both values; None where there is none."""
+    """The keys whose values differ, with both values; a missing key counts as None."""
     names = sorted(before.keys() | now.keys())
     return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
