@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,14 +32,13 @@ from options.parser import Parser
 from util.errors import UserError
 from util.program import run
 
+if TYPE_CHECKING:
+    from models.separator import Separator
+
 CHECKPOINTS = "checkpoints/*/best.pt"
 
-# Read by Gradio and by what it uses when they are imported.
-_ENVIRONMENT = {
-    "GRADIO_ANALYTICS_ENABLED": "False",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+# Gradio and its dependencies read these when they are imported.
+_ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 # What the browser may load: nothing from elsewhere.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _PREFIX = "sirr-app-"  # of the folders for temporary files
@@ -52,13 +52,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    arguments.add_weights(parser).add_argument(
-        "--checkpoint",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help=f"the weights to choose from (default: {CHECKPOINTS}, then the bundled {PRETRAINED.stem})",
-    )
+    weights = arguments.add_weights(parser)
+    weights.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
+                         help=f"to choose from (default: {CHECKPOINTS}, then the bundled one)")  # fmt: skip
     arguments.add_tiles(parser)
     arguments.add_device(parser, trained=True)
     page = parser.add_argument_group("page")
@@ -127,8 +123,7 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
     """Checkpoints by the names that the page shows.
 
     Args:
-        given: files, or None for all that runs have left under the current folder, the newest first, and the bundled
-            one.
+        given: files, or None for those of all runs under the current folder, the newest first, and the bundled one.
 
     Raises:
         UserError: a file is missing.
@@ -138,24 +133,13 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
     for path in found:
         if not path.is_file():
             raise UserError(f"--checkpoint {path}: there is no such file")
-    names = [_shown(path) for path in found]
+    short = {PRETRAINED: f"{PRETRAINED.stem} (bundled)"}
+    names = [short.get(path, path.parent.name if path.match(CHECKPOINTS) else str(path)) for path in found]
     return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, found, strict=True)}
 
 
-def _shown(path: Path) -> str:
-    """A checkpoint's name on the page."""
-    if path == PRETRAINED:
-        return f"{path.stem} (bundled)"
-    return path.parent.name if path.match(CHECKPOINTS) else str(path)
-
-
 class Separators:
-    """Checkpoints, of which the one used last stays loaded.
-
-    Args:
-        checkpoints: files by name.
-        options: of `models.separator.load_separator`.
-    """
+    """Checkpoints by name; the one used last stays loaded."""
 
     def __init__(self, checkpoints: dict[str, Path], options: argparse.Namespace):
         self.names = list(checkpoints)
@@ -163,8 +147,8 @@ class Separators:
         self._settings = separator_settings(options)
         self._loaded = (None, None)
 
-    def get(self, name: str):
-        """What `load_separator` makes of a checkpoint.
+    def get(self, name: str) -> "Separator":
+        """The loaded checkpoint.
 
         Raises:
             UserError: it can't be loaded.
@@ -178,11 +162,7 @@ class Separators:
 
 
 class Visits:
-    """The files that an open page leaves here, each visit's apart, so that they can go with it.
-
-    Args:
-        folder: for results; made if missing.
-    """
+    """The files of every open page, kept apart so that they can be deleted with it; results lie in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -213,13 +193,8 @@ class Visits:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def separate_upload(separator, path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
-    """Separate a photograph into files, as tools/infer.py does with --format png.
-
-    Args:
-        separator: of `Separators`.
-        path: the photograph.
-        folder: where the results go.
+def separate_upload(separator: "Separator", path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
+    """Separate a photograph into files of `folder`, as tools/infer.py does with --format png.
 
     Returns:
         The photograph as browsers can show it, its transmission, its reflection, and a line about them.
@@ -247,13 +222,7 @@ def separate_upload(separator, path: Path, folder: Path) -> tuple[Path, Path, Pa
 
 
 def build_app(separators: Separators, folder: Path, options: argparse.Namespace) -> Callable:
-    """The page as an ASGI application.
-
-    Args:
-        separators: the checkpoints to choose from.
-        folder: Gradio's for temporary files, the environment variable GRADIO_TEMP_DIR's.
-        options: of the page: max_megabytes, max_megapixels, queue.
-    """
+    """The page as an ASGI application; `folder` is Gradio's for temporary files, that of GRADIO_TEMP_DIR."""
     import gradio as gr
     from fastapi import FastAPI
 

@@ -114,11 +114,12 @@ def _draw(options: argparse.Namespace) -> None:
         origin = f"weights: {options.checkpoint}"
     origin += ", VGG19's features held" * hold
     print(f"effective receptive field of the centre pixel, {size} x {size} pixels, {origin}")
-    print(f"  {'model':14}  {'50 %':>8}  {'90 %':>8}  {'99 %':>8}  {'above':>7}  {'below':>7}  of the gradient")
+    print("radii that hold so much of the gradient, and its shares above and below")
+    rows = [("model", "50 %", "90 %", "99 %", "above", "below")]
     for name, values in fields.items():
-        radii = "  ".join(f"{field.radius(values, share):5.0f} px" for share in (0.5, 0.9, 0.99))
-        above, below = field.halves(values)
-        print(f"  {name:14}  {radii}  {above:7.1%}  {below:7.1%}")
+        radii = (f"{field.radius(values, share):.0f} px" for share in (0.5, 0.9, 0.99))
+        rows.append((name, *radii, *(f"{half:.1%}" for half in field.halves(values))))
+    print(textwrap.indent(tables.as_text(rows, left=1, rule=False), "  "))
     field.draw(fields, origin, options.receptive_field)
     print(f"{options.receptive_field}: logarithmic, over {field.DECADES} powers of ten below the largest value")
 
