@@ -1,4 +1,4 @@
-"""Decoded training photographs, kept in memory that all workers of a process share."""
+"""Decoded training photographs in memory that all workers of a process share."""
 
 import shutil
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ _COLUMNS = 4  # of an entry: where it starts, height, width, whether it is whole
 
 
 class ImageCache:
-    """Reads photographs, each from its file only once as long as there is room.
+    """Reads photographs, and decodes each file only once while there is room.
 
-    The first reader of a file decodes it and leaves the pixels for the others; what comes when the memory is full
-    is decoded every time. Images are the same with and without.
+    The first reader of a file decodes it and keeps the pixels for all workers. When the memory is full, further files
+    are decoded every time. The cache changes no image.
 
-    Every worker has a part of the memory to itself, and what it leaves there counts only once it is whole: so there is
-    no lock, which a worker that is killed could take along, and none of its work that is half done is ever seen.
+    Every worker writes into its own part of the memory, and an image counts only when it is complete. So there is no
+    lock that a killed worker could leave locked, and nobody sees an incomplete image.
 
     Args:
-        files: what will be read.
-        budget: bytes to use at most; 0 keeps nothing.
-        workers: processes that will read, 0 if it is this one.
+        files: the files that will be read.
+        budget: bytes of memory, at most; 0 keeps nothing.
+        workers: number of processes that will read; 0 if this process reads.
         least: short side, in pixels, that is enough; see `read_rgb`.
 
     Raises:
-        UserError: the machine has less shared memory than that.
+        UserError: the machine has less shared memory than `budget`.
     """
 
     def __init__(self, files: Sequence[Path], budget: int, workers: int, least: int) -> None:
@@ -45,13 +45,13 @@ class ImageCache:
                 f"--cache_images {budget / 2**30:g}: {_SHARED} has only {free / 2**30:.1f} GiB of shared memory left "
                 "(a container gets more with --ipc host or --shm-size)"
             )
-        # A page counts only once it is written to, so room that is never needed takes no memory.
+        # The system provides a page when it is first written to, so an unused part takes no memory.
         self.pixels = torch.empty(budget, dtype=torch.uint8).share_memory_()
         self.entries = torch.zeros(len(files), _COLUMNS, dtype=torch.int64).share_memory_()
         self.used = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # bytes of each worker's part
 
     def read(self, file: Path) -> Image.Image:
-        """As `read_rgb`, of the short side that is enough."""
+        """As `read_rgb`, at a short side of at least `least`."""
         number = self.numbers.get(file)
         if number is None:
             return read_rgb(file, self.least)
@@ -69,7 +69,7 @@ class ImageCache:
         room = len(self.pixels) // len(self.used)
         used = int(self.used[part])
         pixels = torch.from_numpy(np.array(image)).flatten()
-        # Another worker may have kept the file by now; and where two do so at once, the later one's is used.
+        # Another worker may have kept the file in the meantime. If two do so at once, the later entry is used.
         if self.entries[number, -1] or used + len(pixels) > room:
             return
         start = part * room + used

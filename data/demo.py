@@ -13,15 +13,15 @@ from data.synthesis import Blend, synthesize
 from util.errors import UserError
 from util.images import read_rgb, write_image
 
-# No photograph serves both. The grey ones add bright texture: without them the few that train are dark, and what is
-# learnt from them is darkness.
+# No photograph is in both lists. The grey ones add bright texture: the other training photographs are dark, and a
+# network trained on them alone darkens its results.
 TRAIN_PHOTOGRAPHS = ("astronaut.png", "brick.png", "motorcycle_left.png", "camera.png", "rocket.jpg", "gravel.png")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png")
 
 _SEED = 2018
 _PHOTOGRAPH_SIZE = (224, 224)  # width, height
 _PAIR_SIZE = (192, 160)
-_TEST_SIZE = (180, 150)  # no multiples of 16, so that padding is exercised
+_TEST_SIZE = (180, 150)  # not multiples of 16, so that padding is used
 _PHOTOGRAPHS, _PAIRS, _TESTS = 40, 10, 6  # images of each set
 _EXAMPLE_SIZE = (384, 288)
 _EXAMPLES = 3
@@ -40,17 +40,17 @@ Their sources and licences (public domain or CC0) are listed in the README of sc
 
 
 def build_demo(folder: Path) -> None:
-    """Make the demo set, unless it is there: some megabytes, the same every time.
+    """Make the demo set unless it exists: some megabytes, the same every time.
 
-    It appears under its name only when finished. Several processes may do so at once.
+    The folder appears only when it is complete. Several processes may call this at once.
 
     Raises:
-        UserError: the folder holds something else, cannot be written, or scikit-image lacks its photographs.
+        UserError: the folder holds something else or can't be written, or scikit-image lacks its photographs.
     """
     if _is_complete(folder):
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not a demo set of this version; remove it, and it will be made anew")
+        raise UserError(f"{folder}: is not a demo set of this version; remove it, and it is made again")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -66,16 +66,16 @@ def build_demo(folder: Path) -> None:
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Write some larger mixtures, of the photographs that no demo set trains on; the same every time.
+    """Write some larger mixtures of photographs that the demo set doesn't train on; the same every time.
 
     Args:
-        folder: where to; it must exist.
+        folder: an existing folder.
 
     Returns:
         The files.
 
     Raises:
-        UserError: the folder cannot be written, or scikit-image lacks its photographs.
+        UserError: the folder can't be written, or scikit-image lacks its photographs.
     """
     rng = np.random.Generator(np.random.PCG64(_SEED))
     photographs = _load(TEST_PHOTOGRAPHS)
@@ -94,7 +94,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _write(folder: Path) -> None:
-    """Everything, the README last."""
+    """Write all images, and the README last."""
     rng = np.random.Generator(np.random.PCG64(_SEED))
     train, test = _load(TRAIN_PHOTOGRAPHS), _load(TEST_PHOTOGRAPHS)
     (folder / PHOTOGRAPHS).mkdir(parents=True)
@@ -115,7 +115,7 @@ def _write_set(
     rng: np.random.Generator,
     screen: bool | None = None,
 ) -> None:
-    """Synthetic triples, each of two photographs; all mixed one way where `screen` says which."""
+    """Write synthetic triples, each made of two photographs; `screen`, if given, says how all are blended."""
     for layer in LAYERS:
         (folder / layer).mkdir(parents=True)
     for i in range(count):
@@ -129,7 +129,7 @@ def _write_set(
 
 
 def _crop(photograph: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random part of a photograph, once to twice as large as `size` (width, height), scaled to it."""
+    """A random part of a photograph, one to two times as large as `size` (width, height), scaled to `size`."""
     most = min(2.0, photograph.width / size[0], photograph.height / size[1])
     scale = rng.uniform(1, most)
     width, height = (scale * side for side in size)
@@ -139,7 +139,7 @@ def _crop(photograph: Image.Image, size: tuple[int, int], rng: np.random.Generat
 
 
 def _load(names: tuple[str, ...]) -> list[Image.Image]:
-    """Photographs out of scikit-image's installation, which has them on disk: nothing is downloaded."""
+    """Photographs from the installed scikit-image; nothing is downloaded."""
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise UserError("the demo set is made of photographs of scikit-image, which is not installed")

@@ -1,4 +1,4 @@
-"""The folder layout: which photographs, training pairs and test sets are there, and are they whole?"""
+"""The folder layout: which photographs, training pairs and test sets exist, and whether their files can be used."""
 
 import hashlib
 import os
@@ -41,23 +41,23 @@ class Pair:
 
     @property
     def files(self) -> list[Path]:
-        """All of them, the mixture first."""
+        """All files of the pair, the mixture first."""
         return [file for file in (self.mixture, self.transmission, self.reflection) if file]
 
 
 @dataclass(frozen=True)
 class Sets:
-    """What there is to train and test on.
+    """The images to train and to test on.
 
     Attributes:
         photographs: sources of synthetic pairs.
-        pairs: training pairs of `real` and `nature`, held-out ones left out.
+        pairs: training pairs of `real` and `nature`, without the held-out ones.
         validation: pairs held out of training.
         tests: pairs of each test set.
-        mix: share of each source that is there and used, in the order of --mix; sums to 1.
-        missing: a line for each thing that is not there.
+        mix: share of each source that exists and is used, in the order of --mix; the sum is 1.
+        missing: messages about sets that don't exist.
         image_sizes: width and height of every image.
-        left_out: a line for each thing that can't be used and that --skip_bad_images has left out.
+        left_out: messages about files that can't be used and that --skip_bad_images leaves out.
     """
 
     photographs: list[Path]
@@ -71,12 +71,12 @@ class Sets:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Training samples that each source of the mix holds."""
+        """Number of training samples in each source of the mix."""
         held = _count(self.photographs, self.pairs)
         return {source: held[source] for source in self.mix}
 
     def describe(self) -> list[str]:
-        """Lines for the log: what is there, in which mix, and what is missing."""
+        """Lines for the log: the sets, their mix, and what is missing."""
         lines = []
         if self.mix:
             parts = (f"{source} {size} ({self.mix[source]:.0%})" for source, size in self.sizes.items())
@@ -90,22 +90,22 @@ class Sets:
 
 
 def discover(options: Namespace) -> Sets:
-    """Find, pair and check everything below --base_dir.
+    """Find, pair and check all images below --base_dir.
 
-    Test images and held-out ones are decoded, as an evaluation stops at one that is damaged; photographs and training
-    pairs, which are many, get a glance at their beginning and end.
+    Test images and held-out ones are decoded, because an evaluation stops at a damaged image. Of photographs and
+    training pairs, which are many, only the beginning and the end of each file are checked.
 
     Args:
-        options: base_dir, max_dataset_size, demo, skip_bad_images and nEpochs are used; mix and val_split, too, if
-            nEpochs is above 0 (otherwise the training sets are not even looked for).
+        options: base_dir, max_dataset_size, demo, skip_bad_images and nEpochs are used; if nEpochs is above 0, also
+            mix and val_split. With nEpochs 0, training sets are ignored.
 
     Returns:
-        The sets that are there.
+        The sets that exist.
 
     Raises:
-        UserError: there is nothing to do what was asked for, or there are files that cannot be used (damaged images,
-            images without a partner, pairs of different size, names that no record could hold) and are not to be
-            skipped, all of which the one message lists.
+        UserError: there is nothing to train on or nothing to test; or, without --skip_bad_images, some files can't be
+            used (damaged images, images without a partner, pairs of different size, names that no record can hold).
+            The message lists them all.
     """
     base, limit = options.base_dir, options.max_dataset_size
     problems: list[str] = []
@@ -145,19 +145,19 @@ def discover(options: Namespace) -> Sets:
 
 
 def _listed(problems: list[str], what: str) -> str:
-    """A headline and a line for each, up to a number that a screen can take."""
+    """A headline and a line for each problem, at most as many as fit on a screen."""
     more = [f"... and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
     lines = [f"{len(problems)} files {what}:", *map(printable, problems[:_MOST_PROBLEMS]), *more]
     return "\n  ".join(lines)
 
 
 def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, int]:
-    """Samples of each source; a synthetic one takes two photographs."""
+    """Number of samples of each source; a synthetic sample takes two photographs."""
     return {"synthetic": len(photographs) // 2, **{name: len(found) for name, found in pairs.items()}}
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder by name, none where there is no folder."""
+    """Image files of a folder, sorted by name; none if there is no folder."""
     try:
         files = sorted(folder.iterdir(), key=lambda file: file.name)
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
-    """The pairs of a set by name; what has no partner, or is there twice, goes to `problems`."""
+    """The pairs of a set, sorted by name. Messages about images without a partner, or with two, go to `problems`."""
     layers, doubled = {}, set()
     for layer in LAYERS:
         files = find_images(folder / layer)
@@ -177,7 +177,7 @@ def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
             if count > 1:
                 doubled.add(stem)
                 problems.append(f"{folder / layer / stem}: {count} files of that name")
-    # reflections are optional as a whole
+    # A set may lack all reflections, but not some of them.
     layers = {layer: files for layer, files in layers.items() if files or layer != REFLECTION}
     names = sorted(set().union(*layers.values()))
     complete = []
@@ -194,8 +194,8 @@ def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
 
 
 def find_test_sets(root: Path) -> dict[str, Path]:
-    """Every folder below `root` (links followed) that has images in layers, by its name, or by its path below
-    `root` where two share a name."""
+    """Every test set below `root`, links followed: name -> folder. Where two folders share a name, the name is the path
+    below `root`."""
     found, seen = [], set()
 
     def refuse(error: OSError) -> None:
@@ -220,7 +220,8 @@ def find_test_sets(root: Path) -> dict[str, Path]:
 def _check(
     base: Path, photographs: list[Path], glanced: list[Pair], decoded: list[Pair]
 ) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
-    """The sizes of the images that can be used; of the others, pairs of different size included, what is wrong."""
+    """The sizes of usable images, and a message about every other image, for example one whose partner
+    has another size."""
     whole = {file for pair in decoded for file in pair.files}
     files = [*photographs, *(file for pair in (*glanced, *decoded) for file in pair.files)]
     sizes, unusable = {}, {}
@@ -249,14 +250,14 @@ def _size_or_problem(base: Path, whole: set[Path], file: Path) -> tuple[int, int
 
 
 def check_name(base: Path, file: Path) -> None:
-    """Raise a UserError if a file below `base` has a name that lists and records could not show as it is."""
+    """Raise a UserError if a file below `base` has a name that lists and records can't show unchanged."""
     name = str(file.relative_to(base))
     if name != printable(name):
         raise UserError(f"{printable(file)}: a name with control characters or bytes that aren't UTF-8; rename it")
 
 
 def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], list[str]]:
-    """--mix over the sources that are there, and a line about those that are not."""
+    """The shares of --mix for the sources that exist, and a message about the others."""
     wanted = dict(zip(SOURCES, options.mix, strict=True))
     mix = {source: share for source, share in wanted.items() if share and held[source]}
     if not mix:
@@ -271,7 +272,7 @@ def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], li
 
 
 def _missing_tests(tests: dict[str, list[Pair]], demo: bool) -> list[str]:
-    """A line about the published test sets that are not there."""
+    """A message about the published test sets that don't exist."""
     absent = [name for name in TEST_SETS if name not in tests]
     if demo or not absent:
         return []
@@ -279,9 +280,9 @@ def _missing_tests(tests: dict[str, list[Pair]], demo: bool) -> list[str]:
 
 
 def _held_out(pairs: list[Pair], share: float) -> set[Pair]:
-    """The pairs to validate on: those whose name's hash falls below `share`, which no other file changes.
+    """The pairs to validate on: those whose name has a hash below `share`, so that other files don't matter.
 
-    At least one of two or more, and never all.
+    Of two pairs or more, at least one is held out, and never all.
     """
     if share == 0 or len(pairs) < 2:
         return set()
@@ -292,5 +293,5 @@ def _held_out(pairs: list[Pair], share: float) -> set[Pair]:
 
 def _position(pair: Pair) -> float:
     """A name's place in [0, 1)."""
-    name = pair.name.encode("utf-8", "surrogateescape")  # also one that isn't UTF-8, which is refused later
+    name = pair.name.encode("utf-8", "surrogateescape")  # a name that isn't UTF-8 is refused later
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big") / 2**32

@@ -31,7 +31,7 @@ class TrainSet(Dataset[Sample]):
 
     Args:
         options: seed, crop_size, max_scale, epoch_size, synthesis, cache_images and nThreads are used.
-        sets: what there is to train on, and in which mix.
+        sets: the images to train on, and their mix.
     """
 
     def __init__(self, options: Namespace, sets: Sets) -> None:
@@ -70,16 +70,16 @@ class TrainSet(Dataset[Sample]):
 class TestSet(Dataset[Sample]):
     """Whole images of a list of pairs.
 
-    A sample is a dict as of `TrainSet`, (3, H, W), at native size, or under `--if_align` (the published
-    protocol) resized to multiples of 32, rounded down. The reflection is the reflection layer where there is
-    one, else mixture minus transmission; `name` is the file's.
+    A sample is a dict as of `TrainSet`, but of whole images, (3, H, W). They have their own size or, with `--if_align`
+    (the published protocol), are resized to multiples of 32, rounded down. The reflection is the reflection layer if
+    the pair has one, otherwise mixture minus transmission. `name` is the name of the pair.
 
     Args:
         options: if_align is used.
         pairs: the files.
     """
 
-    __test__ = False  # not a class of tests, whatever pytest makes of the name
+    __test__ = False  # pytest must not take this for a class of tests
 
     def __init__(self, options: Namespace, pairs: list[Pair]) -> None:
         self.align = options.if_align
@@ -99,7 +99,7 @@ class TestSet(Dataset[Sample]):
 
 
 def _read_aligned(path: Path) -> np.ndarray:
-    """Resized as published: 8 bits, bicubic, both sides rounded down to multiples of 32."""
+    """Read an image and resize it as published: 8 bits, bicubic, both sides rounded down to multiples of 32."""
     image = read_rgb(path)
     size = [max(_ALIGNMENT, side // _ALIGNMENT * _ALIGNMENT) for side in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255

@@ -1,8 +1,8 @@
-"""Two photographs into one that looks as if taken through glass.
+"""Blend two photographs into one that looks as if it were taken through glass.
 
 The recipe of the published training data: Fan et al. (CEILNet, ICCV 2017) for the clipped sum, Hu and Guo
-(YTMT, NeurIPS 2021; DSRNet, ICCV 2023) for the screen blend and the probabilities. `Blend.draw_wide` adds what real
-glass does besides.
+(YTMT, NeurIPS 2021; DSRNet, ICCV 2023) for the screen blend and the probabilities. `Blend.draw_wide` adds further
+effects of real glass.
 """
 
 from dataclasses import dataclass, replace
@@ -27,11 +27,11 @@ class Blend:
         alpha: strength of the transmission.
         beta: strength of the reflection.
         screen: screen blend if true, else a sum, darkened and clipped where it exceeds 1.
-        gamma: the layers are mixed as their powers of it: 1 as they are, 2.2 as light is.
-        ghost: where the second surface of the pane mirrors the same again, (down, right) in pixels.
-        ghost_strength: how much of the reflection comes from there.
-        falloff: strength of the reflection from 0 to 1 on a grid of GRID x GRID points, smooth between them; empty
-            for 1 everywhere.
+        gamma: exponent under which the layers are added: 1 adds pixel values, 2.2 adds light.
+        ghost: shift of the second reflection, which the pane's other surface makes, (down, right) in pixels.
+        ghost_strength: share of the second reflection in the whole reflection.
+        falloff: strength of the reflection from 0 to 1 on a grid of GRID x GRID points, interpolated between them;
+            empty for 1 everywhere.
     """
 
     kernel_size: int
@@ -57,10 +57,13 @@ class Blend:
 
     @classmethod
     def draw_wide(cls, rng: np.random.Generator) -> "Blend":
-        """Half of them from the published distribution, half from a wider one: always a sum, with a transmission that
-        isn't dimmed, so that where there is no reflection there is nothing to do; half of them weaker, half of them
-        sharper, half of them mixed as light is, half of them stronger here than there, a third of them doubled by the
-        pane's second surface (Shih et al., "Reflection removal using ghosting cues", CVPR 2015)."""
+        """A blend from the published distribution in half of all draws, else from a wider one.
+
+        A wide blend is always a sum, whose transmission isn't dimmed, so that nothing is to be changed where there is
+        no reflection. Of the wide blends, half are sharper, half are weaker, half add light (gamma 2.2), half have a
+        strength that varies over the image, and a third have a second reflection, from the pane's other surface
+        (Shih et al., "Reflection removal using ghosting cues", CVPR 2015).
+        """
         blend = cls.draw(rng)
         if rng.random() < 0.5:
             return blend
@@ -88,11 +91,11 @@ def synthesize(t: np.ndarray, r: np.ndarray, blend: Blend) -> tuple[np.ndarray, 
         blend: how.
 
     Returns:
-        The mixture, the transmission as given and the blurred reflection, with its ghost: float32 (H, W, 3) in 0..1.
-        Neither layer is scaled by its strength: these are the targets.
+        The mixture, the given transmission and the blurred reflection, second reflection included: float32 (H, W, 3)
+        in 0..1. The two layers, which are the targets, are not scaled by their strengths.
     """
     taps = _gaussian(blend.kernel_size, blend.sigma)
-    # a 2-D Gaussian is two 1-D ones: 2k multiplications a pixel instead of k^2
+    # a 2-D Gaussian is the product of two 1-D ones: 2k multiplications a pixel instead of k^2
     blurred = cv2.sepFilter2D(r, cv2.CV_32F, taps, taps, borderType=cv2.BORDER_CONSTANT)
     if blend.ghost_strength:
         shift = np.float32([[1, 0, blend.ghost[1]], [0, 1, blend.ghost[0]]])
@@ -117,14 +120,15 @@ def _gaussian(size: int, sigma: float) -> np.ndarray:
 
 
 def _screen(behind: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """b + m - b m, in `mirrored`'s memory."""
+    """b + m - b m, written into `mirrored`."""
     mirrored *= 1 - behind
     mirrored += behind
     return mirrored
 
 
 def _clipped_sum(behind: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """b + m; where that exceeds 1, every m first loses 1.3 times the mean excess. In `mirrored`'s memory."""
+    """b + m; if that exceeds 1 anywhere, 1.3 times the mean excess is first subtracted from m. Written into
+    `mirrored`."""
     total = behind + mirrored
     excess = total[total > 1]
     if not excess.size:

@@ -40,7 +40,7 @@ class Augmentation:
 
 
 def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height at that short side (even); the long one keeps the aspect, rounded up to even."""
+    """Width and height for a given even short side; the long side keeps the aspect ratio, rounded up to even."""
     long_side = short_side * max(width, height) // min(width, height)
     long_side += long_side % 2
     return (long_side, short_side) if width > height else (short_side, long_side)
@@ -49,11 +49,11 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 def augment(image: Image.Image, augmentation: Augmentation) -> np.ndarray:
     """Scale (bicubic), crop, flip, turn.
 
-    The published order crops last. As a flip or turn maps the places of the crop one to one onto each other,
-    cropping first draws from the same distribution, and only the pixels of the crop have to be computed.
+    The published code crops last. A flip or turn maps the possible places of the crop onto each other, one to one. So
+    cropping first gives the same distribution, and only the pixels of the crop have to be computed.
 
     Args:
-        image: RGB, of any size. Images of one size get the very same treatment, others the same relative one.
+        image: RGB, of any size. Images of equal size are cropped at the same place, others at the same relative place.
         augmentation: what to do.
 
     Returns:
@@ -63,7 +63,7 @@ def augment(image: Image.Image, augmentation: Augmentation) -> np.ndarray:
     width, height = scaled_size(*image.size, augmentation.short_side)
     left = int(augmentation.across * (width - crop + 1))
     top = int(augmentation.down * (height - crop + 1))
-    x, y = image.width / width, image.height / height  # source pixels a scaled pixel
+    x, y = image.width / width, image.height / height  # source pixels per scaled pixel
     box = (left * x, top * y, min((left + crop) * x, image.width), min((top + crop) * y, image.height))
     pixels = np.asarray(image.resize((crop, crop), Image.Resampling.BICUBIC, box=box))
     if augmentation.flip:

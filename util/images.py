@@ -1,4 +1,4 @@
-"""Image files: any of them into RGB, and back."""
+"""Image files: read any of them as RGB, check them, write them."""
 
 import math
 import os
@@ -18,18 +18,22 @@ from util.errors import UserError, printable
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"})
 JPEG_QUALITY = 95
 
-# What PIL may take a file for, whatever its name. Its reader of PostScript, for one, runs another program.
+# The only formats that PIL may recognise, whatever a file's name. Its PostScript reader, for example, runs another
+# program.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "HEIF")
-_MOST_BYTES = 2**31  # of a file, as some formats are read as a whole
-_FEW_PIXELS, _MOST_PER_BYTE = 2**24, 2000  # more pixels than the first need a file with a byte for so many
+_MOST_BYTES = 2**31  # of a file, because some formats are read as a whole
+_FEW_PIXELS, _MOST_PER_BYTE = 2**24, 2000  # an image larger than the first has at most the second per byte of its file
+    2**24,
+    2000,
+)  # an image of more pixels than the first needs a file with a byte for every `_MOST_PER_BYTE`
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap width and height
 _ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
-_TAIL = 4096  # bytes at a file's end that are looked at, and in how many of them its end mark must be
-_END = 64
+_TAIL = 4096  # bytes at a file's end that are read
+_END = 64  # bytes at its end that must contain the end mark
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Any image file as RGB, at full precision.
+    """Read any image file as RGB, at full precision.
 
     Orientation (EXIF) is applied; grey, palette and CMYK become RGB; transparency is dropped; 16-bit files
     keep their 16 bits.
@@ -38,7 +42,7 @@ def read_image(path: Path) -> np.ndarray:
         float32 (H, W, 3) in 0..1.
 
     Raises:
-        UserError: the file is missing, damaged, not an image or suspiciously huge; the message names it.
+        UserError: the file is missing, damaged, not an image or far too large; the message names it.
     """
     with opened(path) as image:
         deep = _read_deep(image) if is_deep(image) else None
@@ -46,12 +50,12 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_rgb(path: Path, least: int = 0) -> Image.Image:
-    """Any image file as an 8-bit RGB PIL image: what `read_image` gives, in the form that PIL resizes.
+    """Read any image file as an 8-bit RGB image of PIL, which can be resized.
 
     Args:
         path: the file.
-        least: a short side, in pixels, that is enough. A JPEG that has twice that and more is decoded at the half, a
-            quarter or an eighth of its size, which is some times as fast; 0 always gives the image as it is.
+        least: short side, in pixels, that is enough. A JPEG whose short side is at least twice as long is decoded at a
+            half, a quarter or an eighth of its size, which is several times as fast. 0 keeps the size.
 
     Raises:
         UserError: as `read_image`.
@@ -87,31 +91,32 @@ def check_image(path: Path, decoded: bool = False) -> tuple[int, int]:
 
     Args:
         path: the file.
-        decoded: read all of it. Without that a glance has to do: at the header and the file's end; only where the end
-            is not the usual one is the image decoded. Damage in between stays unseen.
+        decoded: decode the whole image. Otherwise only the header and the end of the file are checked, and the image is
+            decoded only if the end isn't the usual one; damage in between stays undetected.
 
     Returns:
         Width and height in pixels, after EXIF orientation.
 
     Raises:
-        UserError: as `read_image`; a truncated file included.
+        UserError: as `read_image`, and for a truncated file.
     """
     if decoded:
         return read_rgb(path).size
     with opened(path) as image:
         if not _ends_well(image):
             return ImageOps.exif_transpose(image).size
-        # The base class's getexif: the PNG reader's own decodes the whole image to look for EXIF behind it.
+        # The base class's getexif, because that of PNG decodes the whole image to look for EXIF after the pixels.
         turned = Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5
         return image.size[::-1] if turned else image.size
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The file opened by PIL, whatever goes wrong within becoming a UserError that names the file.
+    """Open an image by PIL; every error in this block becomes a UserError that names the file.
 
-    Nothing but a file is opened, and none is mapped into memory: one that someone cuts short would end this process.
-    What claims more pixels than PIL's limit, or a great many in a few bytes, is not decoded.
+    Only regular files are opened. They are not mapped into memory: if another program truncated a mapped file, this
+    process would be killed. An image that claims more pixels than PIL's limit, or very many in a few bytes, is not
+    decoded.
     """
     name = printable(path)
     try:
@@ -134,15 +139,15 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{name}: not an image, or damaged") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from error
-    except OSError as error:  # its own text has the name once more
+    except OSError as error:  # its own text would repeat the name
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # on a damaged file PIL's readers raise nearly anything
+    except Exception as error:  # PIL's readers raise many kinds of errors for damaged files
         raise UserError(f"{name}: cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _open_file(path: Path, name: str) -> BinaryIO:
-    """A plain file that is not empty."""
-    # Opening a fifo would otherwise wait for somebody who writes to it.
+    """Open a regular file that is neither empty nor too large."""
+    # Without O_NONBLOCK, opening a fifo would wait until another process writes to it.
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     status = os.fstat(file.fileno())
     wrong = None
@@ -159,13 +164,13 @@ def _open_file(path: Path, name: str) -> BinaryIO:
 
 
 def _readable() -> list[str]:
-    """Those of the formats that PIL has a reader for."""
+    """The formats, of `_FORMATS`, that this PIL can read."""
     Image.init()
     return [kind for kind in _FORMATS if kind in Image.OPEN]
 
 
 def _ends_well(image: Image.Image) -> bool:
-    """Whether the last bytes of an opened file hold its format's end mark (and, of a PNG, no late EXIF)."""
+    """Whether the last bytes of an opened file contain its format's end mark, and no EXIF after a PNG's pixels."""
     if image.format not in _ENDINGS:
         return False
     place = image.fp.tell()
@@ -181,7 +186,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def decode(image: Image.Image, flags: int) -> np.ndarray | None:
-    """The pixels of an opened, not yet decoded image as OpenCV reads them; None where it can't."""
+    """The pixels of an opened, not yet decoded image as OpenCV reads them; None if it can't."""
     place = image.fp.tell()
     image.fp.seek(0)
     content = image.fp.read()
@@ -190,7 +195,7 @@ def decode(image: Image.Image, flags: int) -> np.ndarray | None:
 
 
 def _read_deep(image: Image.Image) -> np.ndarray | None:
-    """A 16-bit file by OpenCV, as PIL would cut its colours to 8 bits; None where OpenCV cannot read it."""
+    """Read a 16-bit file by OpenCV, because PIL would reduce it to 8 bits; None if OpenCV can't read it."""
     pixels = decode(image, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if pixels is None or pixels.dtype not in (np.uint8, np.uint16):
         return None
@@ -198,13 +203,13 @@ def _read_deep(image: Image.Image) -> np.ndarray | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decoded, upright and RGB."""
+    """Decode an image; turn it upright; convert it to RGB."""
     if image.mode.startswith("I"):
         raise ValueError(f"pixels of kind {image.mode} are not supported")
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "P":
-        image = image.convert("RGBA")  # applies the palette where its transparency would only draw a warning
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        image = image.convert("RGBA")  # applies the palette; a direct conversion warns about its transparency
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:

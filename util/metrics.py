@@ -1,4 +1,4 @@
-"""How close an estimated transmission is to the truth: the four measures that the field reports."""
+"""How close an estimated transmission is to the truth: the four metrics that the field reports."""
 
 import cv2
 import numpy as np
@@ -16,14 +16,14 @@ def quality_assess(estimate: np.ndarray, target: np.ndarray) -> dict[str, float]
     """PSNR, SSIM, LMSE and NCC of an estimate.
 
     Args:
-        estimate: (H, W, 3) in 0..255, need not be rounded.
+        estimate: (H, W, 3) in 0..255, rounded or not.
         target: the truth, same shape and range.
 
     Returns:
         `PSNR` in dB and `SSIM` (Wang et al., 2004, uniform 7x7 windows), each the mean over the channels;
-        `LMSE`, the error left once every 20x20 window has its best brightness (Grosse et al., ICCV 2009), 0
-        is best; `NCC`, the correlation of all values, 1 is best, 0 stands for an image without any contrast.
-        A channel's PSNR counts 100 dB at most, so that averages stay finite where images are equal.
+        `LMSE`, the error that remains after every 20x20 window got its best brightness (Grosse et al., ICCV 2009), 0
+        is best; `NCC`, the correlation of all values, 1 is best, and 0 for an image without any contrast.
+        The PSNR of a channel is at most 100 dB, so that averages stay finite when images are equal.
 
     Raises:
         ValueError: shapes differ, are not (H, W, 3), or a side is shorter than SSIM's window of 7 pixels.
@@ -36,7 +36,7 @@ def quality_assess(estimate: np.ndarray, target: np.ndarray) -> dict[str, float]
         raise ValueError(
             f"{target.shape[1]}x{target.shape[0]} pixels are fewer than SSIM's {_SSIM_WINDOW}x{_SSIM_WINDOW}"
         )
-    # float64 for the whole of it: SSIM and LMSE take differences of sums of squares
+    # float64 throughout, because SSIM and LMSE are differences of sums of squares
     x, y = (np.ascontiguousarray(image, np.float64) for image in (estimate, target))
     return {
         "PSNR": _psnr(x, y),
@@ -53,9 +53,9 @@ def _psnr(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _lmse(x: np.ndarray, y: np.ndarray) -> float:
-    """Errors of all windows at their best scales over their energies; a side below 20 px is one window."""
+    """The errors of all windows at their best scales, divided by their energies; a side below 20 px is one window."""
     xx, yy, xy = (_sums(v, _LMSE_WINDOW)[::_LMSE_STEP, ::_LMSE_STEP] for v in (x * x, y * y, x * y))
-    # min over s of |s x - y|^2 is yy - xy^2 / xx, and yy for a black estimate
+    # The minimum over s of |s x - y|^2 is yy - xy^2 / xx, and yy for a black estimate.
     explained = np.divide(xy * xy, xx, out=np.zeros_like(xx), where=xx > 1e-5)
     energy = yy.sum()
     return float(np.maximum(yy - explained, 0).sum() / energy) if energy > 0 else 0.0
@@ -68,7 +68,7 @@ def _ncc(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _sums(values: np.ndarray, window: int) -> np.ndarray:
-    """Sums over all square windows that lie within (H, W, 3), (H - window + 1, W - window + 1, 3)."""
+    """Sums over all square windows inside (H, W, 3): (H - window + 1, W - window + 1, 3)."""
     high, wide = (min(window, side) for side in values.shape[:2])
     sums = cv2.boxFilter(values, cv2.CV_64F, (wide, high), anchor=(0, 0), normalize=False)
     return sums[: values.shape[0] - high + 1, : values.shape[1] - wide + 1]

@@ -1,6 +1,6 @@
-"""Photographs as files: pixels at their depth, and what else a file says that must outlast an edit.
+"""Photographs as files: pixels at their own depth, and the metadata that an edit must keep.
 
-Colours are taken as they are: the ICC profile that says what they mean is handed on, not applied.
+The ICC profile, which defines the meaning of the colours, is copied to the edited file, not applied to the pixels.
 """
 
 import struct
@@ -21,10 +21,10 @@ from util.errors import UserError
 from util.images import JPEG_QUALITY, SUFFIXES, decode, is_deep, opened, to_rgb
 
 FORMATS = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp", "heic": ".heic"}
-"""What can be written, and the usual suffix."""
+"""The formats that can be written, with their usual suffixes."""
 
 READABLE = SUFFIXES | {".heic", ".heif"}
-"""Suffixes of what is taken for a photograph."""
+"""Suffixes of the files that count as photographs."""
 
 _BY_SUFFIX = {suffix: name for name, suffix in FORMATS.items()} | {".jpeg": "jpeg", ".tiff": "tiff", ".heif": "heic"}
 _WITH_ALPHA = {"png", "webp", "tiff", "heic"}
@@ -46,7 +46,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a),
 }
-"""What each EXIF orientation asks a viewer to do."""
+"""How each EXIF orientation is turned upright."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Photograph:
         pixels: RGB, uint8 or uint16, (H, W, 3).
         alpha: (H, W) of the same type, or None for a file without.
         icc: the profile of an RGB file.
-        exif: the block as JPEG holds it, without an orientation that still asks for a turn and without a thumbnail.
+        exif: the block as it is in a JPEG, with an upright orientation and without a thumbnail.
     """
 
     pixels: np.ndarray
@@ -67,22 +67,22 @@ class Photograph:
 
 
 def format_of(path: Path) -> str:
-    """The format, of FORMATS, in which something with this file's name is written; PNG for those not written."""
+    """The format, of FORMATS, that a file's suffix names; PNG for formats that can't be written."""
     return _BY_SUFFIX.get(path.suffix.lower(), "png")
 
 
 def suffix_for(path: Path, form: str) -> str:
-    """The suffix of what is made of a file in a format of FORMATS: the file's own where it is of that format."""
+    """The suffix for a result in a format of FORMATS: the suffix of the source file, if it names this format."""
     return path.suffix if _BY_SUFFIX.get(path.suffix.lower()) == form else FORMATS[form]
 
 
 def depth_of(photograph: Photograph, form: str) -> np.dtype:
-    """The type in which a format of FORMATS can hold a photograph's pixels: its own, or uint8."""
+    """The type of pixels in which a format of FORMATS can hold a photograph: its own type, or uint8."""
     return photograph.pixels.dtype if form in _DEEP else np.dtype(np.uint8)
 
 
 def as_type(values: np.ndarray, wanted: np.dtype) -> np.ndarray:
-    """Whole numbers of 8 or 16 bits as those of the other depth, rounded; row by row, to take no memory beside."""
+    """Convert integers of 8 or 16 bits to `wanted`, rounded; row by row, which needs no further memory."""
     if values.dtype == wanted:
         return values
     result = np.empty(values.shape, wanted)
@@ -93,10 +93,10 @@ def as_type(values: np.ndarray, wanted: np.dtype) -> np.ndarray:
 
 
 def read_photograph(path: Path) -> Photograph:
-    """Any image file at its own depth, upright, with what it says about itself.
+    """Read any image file at its own depth, upright, with its metadata.
 
     Raises:
-        UserError: the file is missing, damaged, no image, or a HEIC one and the package pillow-heif isn't there.
+        UserError: the file is missing, damaged, not an image, or a HEIC file while pillow-heif isn't installed.
     """
     _prepare_heic(path)
     with warnings.catch_warnings():
@@ -104,32 +104,32 @@ def read_photograph(path: Path) -> Photograph:
         with opened(path) as image:
             deep = _read_deep(image) if is_deep(image) else None
             if image.format == "PNG":
-                image.load()  # EXIF may stand behind the pixels; of a TIFF it can't be read any more after them
+                image.load()  # EXIF may follow the pixels; of a TIFF, EXIF can't be read after the pixels
             orientation, exif = image.getexif().get(_ORIENTATION, 1), _cleaned(image.getexif())
             icc = image.info.get("icc_profile")
             mode, is_tiff = image.mode, image.format == "TIFF"
             if deep is None:
                 pixels, alpha = _split(image)
             else:
-                turn = _UPRIGHT.get(1 if is_tiff else orientation, lambda a: a)  # OpenCV turns a TIFF itself
+                turn = _UPRIGHT.get(1 if is_tiff else orientation, lambda a: a)  # OpenCV itself turns a TIFF
                 pixels, alpha = (part if part is None else np.ascontiguousarray(turn(part)) for part in deep)
             fits = icc and mode != "CMYK" and icc[16:20] == b"RGB "  # the colour space, in a profile's header
             return Photograph(pixels, alpha, icc if fits else None, _written(exif, pixels.shape))
 
 
 def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str) -> None:
-    """Write pixels as an edit of a photograph: with its profile, EXIF and alpha as far as the format holds them.
+    """Write pixels as an edit of a photograph, with its profile, EXIF and alpha if the format can hold them.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is complete.
 
     Args:
         path: the file; its folder must exist.
-        pixels: RGB (H, W, 3), of the type that `depth_of` says.
-        like: the photograph. Its alpha is used if it is of the pixels' size.
+        pixels: RGB (H, W, 3), of the type that `depth_of` returns.
+        like: the photograph. Its alpha is used if it has the size of the pixels.
         form: of FORMATS.
 
     Raises:
-        UserError: the file can't be written, or the format can't hold an image of that size.
+        UserError: the file can't be written, or the format can't hold an image of this size.
     """
     alpha = like.alpha
     if alpha is not None and alpha.shape == pixels.shape[:2] and form in _WITH_ALPHA:
@@ -144,7 +144,7 @@ def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str
 
 
 def _prepare_heic(path: Path) -> None:
-    """Teach PIL to read HEIC, where it is needed."""
+    """Register PIL's reader of HEIC, if the suffix needs it."""
     if path.suffix.lower() not in {".heic", ".heif"}:
         return
     try:
@@ -163,7 +163,7 @@ def _split(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Colours and alpha of a 16-bit file, as they are stored; None where OpenCV finds no 16 bits."""
+    """Colours and alpha of a 16-bit file, as stored; None if OpenCV doesn't find 16 bits."""
     pixels = decode(image, cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         return None
@@ -173,7 +173,7 @@ def _read_deep(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None] | Non
 
 
 def _cleaned(exif: Image.Exif) -> dict[int, object]:
-    """The tags that describe the photograph, those of EXIF's and GPS's directories as dicts."""
+    """The tags that describe the photograph; the EXIF and GPS directories are dicts."""
     clean: dict[int, object] = {tag: exif[tag] for tag in _DESCRIBING if tag in exif}
     if _ORIENTATION in exif:
         clean[_ORIENTATION] = 1
@@ -185,7 +185,7 @@ def _cleaned(exif: Image.Exif) -> dict[int, object]:
 
 
 def _written(tags: dict[int, object], shape: tuple[int, ...]) -> bytes | None:
-    """EXIF's block with these tags, of pixels of that shape."""
+    """The EXIF block with these tags, for pixels of this shape."""
     if not tags:
         return None
     details = tags.get(_EXIF, {})
@@ -217,7 +217,7 @@ def _encode(file: BinaryIO, pixels: np.ndarray, like: Photograph, form: str) -> 
 
 
 def _write_deep_png(file: BinaryIO, pixels: np.ndarray, like: Photograph) -> None:
-    """16 bits a channel, which PIL can't write: OpenCV's PNG, with chunks put behind its header."""
+    """Write 16 bits a channel, which PIL can't: the PNG of OpenCV, with chunks inserted after its header."""
     turned = cv2.cvtColor(pixels, cv2.COLOR_RGBA2BGRA if pixels.shape[2] == 4 else cv2.COLOR_RGB2BGR)
     plain = cv2.imencode(".png", turned)[1].tobytes()
     header = 33  # bytes: signature and IHDR
@@ -234,10 +234,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _write_tiff(file: BinaryIO, pixels: np.ndarray, like: Photograph) -> None:
-    """A TIFF of any depth, uncompressed: the directory, EXIF's within, then the pixels."""
+    """Write an uncompressed TIFF of any depth: the directory, which includes EXIF, then the pixels."""
     height, width, channels = pixels.shape
     if pixels.nbytes >= 2**32 - 2**24:  # with room for the directory
-        raise ValueError("a TIFF holds no more than 4 GiB of pixels")
+        raise ValueError("a TIFF can hold at most 4 GiB of pixels")
     directory = ImageFileDirectory_v2(ifh=b"II*\0\0\0\0\0")
     if like.exif:
         exif = Image.Exif()
