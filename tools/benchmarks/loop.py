@@ -43,7 +43,7 @@ def run_data(options: argparse.Namespace) -> None:
 
 
 def training_options(options: argparse.Namespace, folder: Path, workers: int, cache: float) -> argparse.Namespace:
-    """Those of a training on that data."""
+    """The options of a training on the data of `folder`."""
     given = {
         "base_dir": folder,
         "crop_size": options.crop_size,
@@ -55,7 +55,7 @@ def training_options(options: argparse.Namespace, folder: Path, workers: int, ca
 
 
 def measure(options: argparse.Namespace, folder: Path, sets: Sets, workers: int, cache: float) -> Measurement:
-    """Count samples, one a batch, for --seconds, after those that fill the cache and the workers' queues."""
+    """Count samples, in batches of one, for --seconds, once the cache and the workers' queues are full."""
     result = Measurement({"workers": workers, "cache GiB": cache})
     progress(f"{workers} workers, cache of {cache:g} GiB")
     try:
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, folder: Path, sets: Sets, workers: int,
 
 
 def time_reading(loader: Loader) -> Callable[[], float]:
-    """From now on, time the reading of images in this process; returns what tells the seconds so far."""
+    """Start timing the reading of images in this process; return a function that gives the seconds so far."""
     images = loader.dataset.images
     read, spent = images.read, []
 

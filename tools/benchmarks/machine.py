@@ -1,4 +1,4 @@
-"""The machine that measurements are made on: its name, and how fast it computes and copies at most."""
+"""The machine that measurements are made on: its name, and the highest rates at which it computes and copies."""
 
 import argparse
 import functools
@@ -20,7 +20,7 @@ def matrix_side(device: str) -> int:
 
 @functools.cache
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of torch's matrix product, the most that this machine does."""
+    """Floating-point operations a second of torch's matrix product, the highest rate of this machine."""
     side = matrix_side(device)
     a = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / _fastest(lambda: a @ a, device)
@@ -28,14 +28,14 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 @functools.cache
 def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a copy of 256 MiB."""
+    """Bytes a second, reads and writes together, of a copy of 256 MiB."""
     a = torch.ones(1 << 28, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / _fastest(lambda: b.copy_(a), device)
 
 
 def _fastest(call: Callable[[], object], device: str) -> float:
-    """Seconds of the fastest of ten calls, or of as many as two seconds hold."""
+    """Seconds of the fastest of ten calls, or of those that fit into two seconds."""
     seconds = []
     while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < 2):
         seconds.append(kernel_seconds(call, device))
@@ -63,7 +63,7 @@ def machine_name(device: str) -> str:
 
 
 def setting(options: argparse.Namespace, device: str, rates: Mapping[str, float] | None = None) -> dict[str, object]:
-    """The header of a report: what ran on what; `rates`, of `ceilings`, also in words."""
+    """The header of a report: the command, the machine, and the `rates` of `ceilings` in words and as numbers."""
     header = {
         "command": f"python tools/benchmark.py {options.arguments}",
         "machine": machine_name(device),

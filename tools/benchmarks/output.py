@@ -12,12 +12,12 @@ from util.errors import UserError
 from util.tables import Rows, as_markdown, as_text
 
 Table = tuple[str, Rows]
-"""A title and what stands below it."""
+"""A title and the rows below it."""
 
 
 def table(title: str, found: Sequence[Measurement], columns: Mapping[str, str]) -> Table:
-    """A row for every measurement: what it was of, then a column for every template of `columns`, which is filled in
-    from the record and left empty where that lacks something."""
+    """A row for each measurement: what was measured, then a cell for each template of `columns`, which is filled in from
+    the measurement's record, or left empty if the record lacks a name."""
     rows = [[*found[0].what, *columns]]
     for m in found:
         what = [f"{value:g}" if isinstance(value, float) else str(value) for value in m.what.values()]
@@ -36,8 +36,7 @@ def _filled(template: str, record: Mapping[str, object]) -> str:
 def report(
     options: argparse.Namespace, header: Mapping[str, object], tables: Iterable[Table], found: Iterable[Measurement]
 ) -> None:
-    """Print the header and the tables, and write what is asked for: them as --markdown, the header and all
-    measurements as --json."""
+    """Print the header and the tables; write them as --markdown, and the header and all measurements as --json."""
     text = "\n".join(f"{key}: {value}" for key, value in header.items() if isinstance(value, str | int))
     print(f"{text}\n")
     for title, rows in tables:
@@ -57,7 +56,7 @@ def _write(path: Path, text: str, option: str) -> None:
 
 @dataclass
 class Panel:
-    """A row of axes over one quantity: every line has xs and as many lists of ys as there are axes."""
+    """A row of axes over one quantity; each line has its xs, then a list of ys for each axis."""
 
     title: str
     xlabel: str
@@ -72,7 +71,7 @@ def panel(
     x: Callable[[Measurement], float],
     names: Mapping[str, str],
 ) -> Panel:
-    """A line for every curve over `x`; `names` has the axes' labels and what they show, as records call it."""
+    """A line over `x` for each curve; `names` maps the labels of the axes to the names in the records."""
     lines = {}
     for curve, points in by_curve(found).items():
         points = sorted(points, key=x)
@@ -108,7 +107,7 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
 
 
 def import_matplotlib():
-    """pyplot for files; called early, so that it's missed before anything is measured."""
+    """pyplot for files; called before measuring, so that a missing package is reported early."""
     try:
         import matplotlib
     except ImportError:

@@ -53,7 +53,7 @@ def write_test_set(folder: Path, images: int, size: tuple[int, int]) -> None:
 
 
 def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tuple[Engine, Loader]:
-    """As train_sirs.py has it when it only evaluates; and the loader of the one test set."""
+    """An engine as in a run of train_sirs.py that only evaluates, and the loader of its test set."""
     given = {
         "inet": options.inet,
         "base_dir": folder,
@@ -73,7 +73,7 @@ def build_engine(options: argparse.Namespace, device: str, folder: Path) -> tupl
 
 
 def measure(engine: Engine, loader: Loader, options: argparse.Namespace, device: str) -> list[Measurement]:
-    """Evaluations, and passes over their batches without anything else, in turn."""
+    """Measure evaluations and, in turn with them, the forward passes of their batches alone."""
     batches = [batch["mixture"].to(device) for batch in loader]
 
     def forwards() -> None:

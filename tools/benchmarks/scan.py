@@ -54,7 +54,8 @@ def run_scan(options: argparse.Namespace) -> None:
 
 
 def ceiling(device: str) -> tuple[float, str]:
-    """What the share is of: bytes a second of a copy on a GPU, operations a second on a CPU; and in words."""
+    """The rate that shares refer to, as a number and in words: bytes a second of a copy on a GPU, operations a second of a
+    matrix product on a CPU."""
     if device == "cuda":
         rate = machine.copy_rate(device)
         return rate, f"share is of {rate / 1e9:.0f} GB/s, measured with a device copy of 256 MiB"
@@ -63,7 +64,7 @@ def ceiling(device: str) -> tuple[float, str]:
 
 
 def find_competitors(device: str, wanted: list[str] | None) -> dict[str, Callable[..., Tensor]]:
-    """Functions of the arguments of `selective_scan`, fastest expected first."""
+    """Functions with the arguments of `selective_scan`, the presumably fastest first."""
     reasons = available_backends(device)
     try:
         import mambapy.pscan
@@ -81,7 +82,7 @@ def find_competitors(device: str, wanted: list[str] | None) -> dict[str, Callabl
 
 
 def mambapy_scan(pscan: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The scan around mambapy's parallel prefix sum, which keeps every state of every step."""
+    """A scan that uses mambapy's parallel prefix sum, which keeps every state of every step."""
 
     def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> Tensor:
         if delta_bias is not None:
@@ -100,7 +101,7 @@ def mambapy_scan(pscan: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Ten
 def scan_inputs(
     batch: int, channels: int, length: int, states: int, dtype: torch.dtype, gated: bool, device: str
 ) -> list[Tensor | bool | None]:
-    """Arguments of `selective_scan` at random, with step sizes as they are after initialisation."""
+    """Random arguments of `selective_scan`, with step sizes as they are after initialisation."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*size, dtype=dtype) -> Tensor:
@@ -124,7 +125,7 @@ def compare(
     rate: float,
     earlier: list[Measurement],
 ) -> list[Measurement]:
-    """All competitors at one shape, in turn."""
+    """Measure all competitors at one shape, in turn."""
     u, A = inputs[0], inputs[2]
     (batch, channels, length), states = u.shape, A.shape[1]
     leaves = [t for t in inputs if isinstance(t, Tensor)]
@@ -166,7 +167,7 @@ def operations(updates: int, direction: str) -> float:
 
 
 def bytes_moved(inputs: list, direction: str) -> float:
-    """What no kernel can avoid: everything read once and written once."""
+    """Bytes that every kernel has to move: all inputs are read once, all outputs written once."""
     size = sum(t.nbytes for t in inputs if isinstance(t, Tensor))
     y = inputs[0].nbytes
     return size + y if direction == "forward" else size + y + (size + y + size)

@@ -1,7 +1,7 @@
 """`step` and `memory`: one training step, or one prediction, of the networks in several variants.
 
 A step is: forward, all losses, backward, gradient norm, AdamW. Its floor is the time that its floating-point operations
-would take at the rate of the machine's matrix product; the share is how close it comes to that.
+take at the rate of the machine's matrix product; the share is the floor divided by the time of the step.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def run_memory(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
-    """The device and the variants that are asked for; the process set up as training does it."""
+    """Check the options and set up the process as a training does; return the device and the requested variants."""
     device = common.choose_device(options)
     common.check_models(options.inet)
     mamba = [name for name in options.inet if variants.has_mamba(name)]
@@ -91,12 +91,12 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
 
 
 def without_extras(chosen: list[Variant]) -> list[Variant]:
-    """As they predict, each once."""
+    """The variants that predict differently, each once."""
     return [Variant(name) for name in dict.fromkeys(v.name if v.is_plain else v.precision for v in chosen)]
 
 
 def measure(options: argparse.Namespace, chosen: list[Variant], device: str, forward_only: bool) -> list[Measurement]:
-    """Every model in every variant at every size and batch, variants in turn; without floors."""
+    """Measure every model in every variant at every size and batch, the variants in turn."""
     found = []
     build = variants.prediction if forward_only else variants.training
     for model in options.inet:
@@ -119,13 +119,13 @@ def measure(options: argparse.Namespace, chosen: list[Variant], device: str, for
 
 
 def blank(kind: str, model: str, variant: str, size: int, batch: int) -> Measurement:
-    """Of `batch` images of size x size pixels at once."""
+    """An empty measurement for `batch` images at once of size x size pixels."""
     what = {"kind": kind, "model": model, "variant": variant, "size": size, "batch": batch}
     return Measurement(what, batch * size**2)
 
 
 def add_floors(found: list[Measurement], rates: dict[str, float], device: str, forward_only: bool) -> None:
-    """Note FLOPs (of the plain fp32 step, nothing computed twice), floor (milliseconds) and share.
+    """Add figures: FLOPs (of the plain fp32 step, which computes nothing twice), floor (milliseconds) and share.
 
     Args:
         found: of `measure`.
@@ -146,7 +146,7 @@ def add_floors(found: list[Measurement], rates: dict[str, float], device: str, f
 
 
 def spreads(found: list[Measurement]) -> list[Measurement]:
-    """How far the time a pixel varies over sizes and batches, by curve."""
+    """For each curve, how far the time per pixel varies over sizes and batches."""
     result = []
     for points in common.by_curve(found).values():
         costs = [m.figures["nanoseconds_a_pixel"] for m in points]
@@ -157,14 +157,14 @@ def spreads(found: list[Measurement]) -> list[Measurement]:
 
 
 def slope(points: list[Measurement]) -> float | None:
-    """Bytes that every further pixel takes, by least squares; None for fewer than two sizes."""
+    """Bytes that each additional pixel takes, by least squares; None for fewer than two sizes."""
     if len({m.work for m in points}) < 2:
         return None
     return float(np.polyfit([m.work for m in points], [m.peak for m in points], 1)[0])
 
 
 def step_panels(found: list[Measurement], options: argparse.Namespace) -> list[Panel]:
-    """Over the area where sizes vary, over the batch where these do."""
+    """Plots over the area if sizes vary, over the batch if batches vary."""
     panels, axes = [], {"milliseconds": "milliseconds", "peak GiB": "peak_GiB"}
     if len(options.sizes) > 1 or len(options.batches) == 1:
         batch = options.batches[0]
@@ -180,7 +180,7 @@ def step_panels(found: list[Measurement], options: argparse.Namespace) -> list[P
 
 
 def profile(options: argparse.Namespace, variant: Variant, device: str) -> None:
-    """Write and print where the time of the last model goes, in this variant, at the last size and batch."""
+    """Write and print what takes the time of the last model, in this variant, at the last size and batch."""
     build = variants.prediction if options.forward_only else variants.training
     work = build(options.inet[-1], variant, device)
     images = variants.random_images(options.batches[-1], options.sizes[-1], device)

@@ -16,6 +16,7 @@ from models.dsrnet_model_sirs import DSRNetModel
 from models.scan import set_backend
 from options import train_parser
 from tools.inspection.costs import FORMULAS
+from tools.inspection.field import scaled_at_random
 from util.errors import UserError
 from util.optim import parameter_groups
 
@@ -54,7 +55,11 @@ class Variant:
 
 
 def check_variant(name: str, device: str, forward_only: bool) -> Variant:
-    """The variant of that name, if there is one and it can be had here."""
+    """The variant of that name.
+
+    Raises:
+        UserError: there is none, or not on this device, or not of a prediction.
+    """
     variant, parts = Variant(name), name.split("+")
     known = set(parts) <= {*PRECISIONS, *EXTRAS, LOOP} and len(variant.parts) == len(parts)
     if not variant.is_plain and not (known and len(variant.parts & set(PRECISIONS)) == 1):
@@ -67,11 +72,6 @@ def check_variant(name: str, device: str, forward_only: bool) -> Variant:
     if forward_only and variant.parts & set(EXTRAS):
         raise UserError(f"--variants {name}: {', '.join(EXTRAS)} change the training step, not --forward_only")
     return variant
-
-
-def without_extras(variants: list[Variant]) -> list[Variant]:
-    """As they predict, each once."""
-    return [Variant(name) for name in dict.fromkeys(v.name if v.is_plain else v.precision for v in variants)]
 
 
 def has_mamba(name: str) -> bool:
@@ -101,8 +101,7 @@ def build(name: str, variant: Variant, device: str) -> nn.Module:
     extras = ["--checkpoint_activations"] if "checkpoint" in variant.parts else []
     options = train_parser().parse_args([f"--inet={name}", "--vgg_weights=random", *extras])
     model = build_model(options, bf16=variant.precision == "bf16")
-    for scale in (p for p in model.network.parameters() if p.shape[0] == 1 and p.dim() == 4):
-        nn.init.normal_(scale, std=0.1)  # at their initial 0 some gradients vanish
+    scaled_at_random(model.network, std=0.1)  # at their initial 0 some gradients vanish
     if variant.is_plain:
         return PlainModel(model).to(device)
     model.to(device)
@@ -135,7 +134,7 @@ def prediction(name: str, variant: Variant, device: str) -> Work:
 
 
 def with_scan(variant: Variant, work: Work) -> Work:
-    """With the scan as the variant has it."""
+    """Run `work` with the scan backend of the variant."""
 
     def scanning(images: Images) -> None:
         set_backend("reference" if LOOP in variant.parts else None)
@@ -170,7 +169,8 @@ def count_flops(model: str, size: int, device: str, forward_only: bool) -> int |
 def _backward_flops(
     grad_shape, x_shape, w_shape, _bias, _stride, _padding, _dilation, transposed, _out, _groups, mask, **_
 ) -> int:
-    """Of a convolution: for each gradient as many as forward. torch's own formula takes the groups of a depthwise
-    one for a single group when it comes to the weights' gradient, and counts as many times too much as there are."""
+    """FLOPs of a convolution's backward pass: for each gradient as many as forward. torch's own formula ignores the
+    groups of a depthwise convolution when it counts the weights' gradient, so that its count is too high by their
+    number."""
     forward = 2 * math.prod(w_shape) * grad_shape[0] * math.prod((x_shape if transposed else grad_shape)[2:])
     return forward * sum(mask[:2])
