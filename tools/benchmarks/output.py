@@ -16,8 +16,8 @@ Table = tuple[str, Rows]
 
 
 def table(title: str, found: Sequence[Measurement], columns: Mapping[str, str]) -> Table:
-    """A row for each measurement: what was measured, then a cell for each template of `columns`, which is filled in from
-    the measurement's record, or left empty if the record lacks a name."""
+    """A row for each measurement: what was measured, then a cell for each template of `columns`, which is filled in
+    from the measurement's record, or left empty if the record lacks a name."""
     rows = [[*found[0].what, *columns]]
     for m in found:
         what = [f"{value:g}" if isinstance(value, float) else str(value) for value in m.what.values()]

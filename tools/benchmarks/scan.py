@@ -54,8 +54,8 @@ def run_scan(options: argparse.Namespace) -> None:
 
 
 def ceiling(device: str) -> tuple[float, str]:
-    """The rate that shares refer to, as a number and in words: bytes a second of a copy on a GPU, operations a second of a
-    matrix product on a CPU."""
+    """The rate that shares refer to, as a number and in words: bytes a second of a copy on a GPU, operations a second
+    of a matrix product on a CPU."""
     if device == "cuda":
         rate = machine.copy_rate(device)
         return rate, f"share is of {rate / 1e9:.0f} GB/s, measured with a device copy of 256 MiB"
