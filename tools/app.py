@@ -1,12 +1,12 @@
-"""A page for people: drop a photograph, get it without its reflection.
+"""A page in the browser: drop a photograph, get it without its reflection.
 
     python tools/app.py                                            every checkpoints/*/best.pt, and the bundled weights
     python tools/app.py --checkpoint dsrnet_l.pt mdsrnet_l.pt      these
     python tools/app.py --checkpoint published.pt --inet dsrnet_l --vgg_weights vgg19.pth
 
-Then open http://127.0.0.1:7860. Needs requirements-app.txt. Nobody but this machine sees the page, unless --host says
-otherwise, and it calls nobody. Photographs and results are deleted when their page is closed, at the latest an hour
-after they were made or when this program ends.
+Then open http://127.0.0.1:7860. Needs requirements-app.txt. Only this machine can open the page, unless --host says
+otherwise, and the page connects to no other machine. Photographs and results are deleted when their page is closed, at
+the latest an hour after they were made or when this program ends.
 """
 
 import argparse
@@ -39,10 +39,10 @@ CHECKPOINTS = "checkpoints/*/best.pt"
 
 # Gradio and its dependencies read these when they are imported.
 _ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
-# What the browser may load: nothing from elsewhere.
+# The browser may load nothing from other machines.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _PREFIX = "sirr-app-"  # of the folders for temporary files
-_KEPT, _LOOK = 3600, 600  # seconds that files are kept for at most, and between looks for older ones
+_KEPT, _LOOK = 3600, 600  # seconds: the longest time that files are kept, and between two searches for older ones
 _HEIGHT = 360  # of the photograph and the reflection on the page
 _CSS = "#separate { max-width: 24em } footer { display: none !important }"
 
@@ -104,17 +104,17 @@ def serve(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Within the context, and no longer than this process lives, the folder is no orphan."""
+    """Mark the folder as in use, for this block and at most for the life of this process."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
 def delete_orphans(parent: Path) -> None:
-    """Delete the folders of this user's pages that could not do it themselves, as after `kill -9`."""
+    """Delete what this user's earlier pages have left because they were killed (`kill -9`)."""
     for lock in parent.glob(f"{_PREFIX}*/.lock"):
         with contextlib.suppress(OSError):  # in use, or gone
-            if lock.parent.lstat().st_uid == os.getuid():  # what others may have planted isn't even opened
+            if lock.parent.lstat().st_uid == os.getuid():  # a lock of another user isn't even opened
                 with claimed(lock.parent):
                     shutil.rmtree(lock.parent, ignore_errors=True)
 
@@ -170,18 +170,18 @@ class Visits:
         folder.mkdir(exist_ok=True)
 
     def uploaded(self, visit: str, path: Path) -> None:
-        """Note an upload. The same photograph uploaded twice is one file."""
+        """Remember an upload. A photograph that is uploaded twice is one file."""
         self._uploads.setdefault(visit, set()).add(path)
 
     def results(self, visit: str) -> Path:
-        """A new, empty folder; the visit's earlier one is deleted."""
+        """A new, empty folder; the earlier folder of the visit is deleted."""
         shutil.rmtree(self.folder / visit, ignore_errors=True)
         folder = self.folder / visit / secrets.token_hex(8)
         folder.mkdir(parents=True)
         return folder
 
     def end(self, visit: str) -> None:
-        """Delete what this visit left."""
+        """Delete the files of this visit."""
         shutil.rmtree(self.folder / visit, ignore_errors=True)
         for path in self._uploads.pop(visit, set()).difference(*self._uploads.values()):
             path.unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def build_app(separators: Separators, folder: Path, options: argparse.Namespace)
     from fastapi import FastAPI
 
     visits = Visits(folder / "results")
-    gr.set_static_paths([visits.folder])  # served from there, not copied to where `visits` doesn't know
+    gr.set_static_paths([visits.folder])  # serve them from there; a copy elsewhere would not be deleted
     page = _build_page(separators, visits, folder, options)
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -246,7 +246,7 @@ def build_app(separators: Separators, folder: Path, options: argparse.Namespace)
 
 
 def _build_page(separators: Separators, visits: Visits, folder: Path, options: argparse.Namespace):
-    """What is seen, and what happens when."""
+    """The components of the page, and their events."""
     import gradio as gr
 
     def separate(path: str | None, name: str, request: gr.Request):
@@ -318,10 +318,10 @@ def _outputs() -> list:
 
 
 def _take_files_only(image) -> None:
-    """Have an image component hand over uploads as they are.
+    """Make an image component pass uploads on unread.
 
-    Gradio would open them itself, before util.images can say what is wrong, and would fetch what a request names by its
-    address.
+    Otherwise Gradio opens them itself, before util.photographs can report what is wrong, and fetches addresses that a
+    request names.
     """
     import gradio as gr
 
@@ -337,7 +337,7 @@ def _take_files_only(image) -> None:
 
 
 def _alone(app: Callable) -> Callable:
-    """The application without the doors to other machines: it fetches no addresses, and nor does the browser."""
+    """The application without access to other machines: neither it nor the browser fetches other addresses."""
 
     async def call(scope, receive, send):
         if scope["type"] == "http" and ("=http:" in scope["path"] or "=https:" in scope["path"]):

@@ -32,7 +32,7 @@ _PART = {"t": "transmission", "r": "reflection", "residue": "residue"}
 
 
 def __getattr__(name: str):
-    """What Python programs want of `models.separator`, which --help need not wait for."""
+    """Names of `models.separator` for Python programs; imported on demand, so that --help is fast."""
     if name not in {"Separation", "Separator", "load_separator", "remove_reflection"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from models import separator
@@ -42,7 +42,7 @@ def __getattr__(name: str):
 
 @dataclass(frozen=True)
 class Job:
-    """A photograph, the format and, by kind, the names of what is to be made of it."""
+    """A photograph, the format of the results, and their files by kind."""
 
     source: Path
     form: str
@@ -60,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def infer(options: Namespace) -> int:
-    """Separate all that the options name.
+    """Separate all photographs that the options name.
 
     Returns:
         0, or 1 if some photographs could not be read, separated or written; each is reported.
 
     Raises:
-        UserError: nothing can be done at all.
+        UserError: a path names no photograph, or the network can't be loaded.
     """
     from util.device import release_freed_memory
     from util.progress import Progress
@@ -105,10 +105,10 @@ def infer(options: Namespace) -> int:
 
 
 def find_jobs(options: Namespace) -> list[Job]:
-    """What is to be made of which photograph, in order.
+    """The photographs and their results, in order.
 
     Raises:
-        UserError: a path leads to no photograph, or two photographs would have the same output.
+        UserError: a path names no photograph, or two photographs have the same output.
     """
     from util.photographs import format_of, suffix_for
 
@@ -120,7 +120,7 @@ def find_jobs(options: Namespace) -> list[Job]:
         outputs = {kind: place / f"{source.stem}_{kind}{suffix}" for kind in _KINDS}
         made |= {(path.parent.resolve(), path.stem) for path in outputs.values()}
         jobs.append((Job(source, form, {kind: outputs[kind] for kind in options.save}), found))
-    # What was made of a photograph in a folder before is none of the folder's photographs.
+    # The results of an earlier call are not photographs to separate.
     kept = [job for job, found in jobs if not (found and (job.source.parent.resolve(), job.source.stem) in made)]
     counts = Counter(path for job in kept for path in job.outputs.values())
     for path, count in counts.items():
@@ -131,7 +131,9 @@ def find_jobs(options: Namespace) -> list[Job]:
 
 
 def separate_file(separator: "Separator", job: Job) -> "Photograph":
-    """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
+    """Separate a photograph and write the results.
+
+    To save memory, the photograph and the results are held at 8 or 16 bits, and everything else in bands of rows.
 
     Returns:
         The photograph.
@@ -183,7 +185,7 @@ def _load(options: Namespace) -> "Separator":
 
 
 def _sources(paths: list[str]) -> Iterator[tuple[Path, Path, bool]]:
-    """Photographs, each once: the file, its folder below the folder that was named, whether it was found there."""
+    """Each photograph once: the file, its folder relative to the named one, and whether a folder or pattern had it."""
     from util.photographs import READABLE
 
     seen = set()
@@ -206,7 +208,7 @@ def _sources(paths: list[str]) -> Iterator[tuple[Path, Path, bool]]:
 
 
 def _quantised(band: "np.ndarray", depth: "np.dtype") -> "np.ndarray":
-    """0..1 to whole numbers of 8 or 16 bits."""
+    """Round values in 0..1 to integers of 8 or 16 bits."""
     import numpy as np
 
     peak = np.iinfo(depth).max

@@ -1,14 +1,14 @@
-"""What networks are made of and what they cost: parameters, FLOPs, memory, and how far they see.
+"""The parts of networks, their parameters, FLOPs and memory, and their receptive fields.
 
     python tools/model_info.py dsrnet_s mdsrnet_s
     python tools/model_info.py dsrnet_l mdsrnet_l --size 384 384 --depth 3
     python tools/model_info.py dsrnet_s mdsrnet_s --receptive_field reach.png --hold_features
     python tools/model_info.py dsrnet_s --checkpoint checkpoints/dsrnet_s/best.pt --receptive_field reach.png
 
-FLOPs are those of one image's forward pass, in matrix products, convolutions and scans, two for a multiplication and
-an addition; a training step has about three times as many.
-Memory is what one image's forward pass keeps for the backward pass, in fp32, by this machine's scan; VGG19, which is
-frozen, and the losses are not in it. All this is counted without computing, so any model and size is quick.
+FLOPs are those of one image's forward pass, in matrix products, convolutions and scans; a multiplication with an
+addition counts as two. A training step has about three times as many.
+Memory is what one image's forward pass keeps for the backward pass, in fp32, with this machine's scan, without VGG19,
+which is frozen, and without the losses. All this is counted without computing, so any model and size is quick.
 
 The effective receptive field (Luo et al. 2016) is the absolute gradient of the centre pixel's transmission with
 respect to the input, mean over some images of noise. Channel attention sees everything, but only its mean; Mamba what
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=positive_int, nargs=2, default=[224, 224], metavar=("HEIGHT", "WIDTH"),
                         help="pixels of the image, rounded up to multiples of 16 (default: 224 224)")  # fmt: skip
     parser.add_argument("--depth", type=positive_int, default=2, metavar="N",
-                        help="how deep modules are told apart (default: 2)")  # fmt: skip
+                        help="how deep networks are divided into modules (default: 2)")  # fmt: skip
     parser.add_argument("--receptive_field", type=Path, metavar="FILE.png",
                         help="draw the models' effective receptive fields side by side")  # fmt: skip
     parser.add_argument("--field_size", type=positive_int, default=192, metavar="PIXELS",

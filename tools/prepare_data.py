@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("archive", type=Path, metavar="ARCHIVE")
     add.add_argument("folder", type=Path, metavar="DIR")
     add.add_argument("--max_gb", type=positive_int, default=50, metavar="GB",
-                     help="refuse archives that hold more than so many gigabytes (default: 50)")  # fmt: skip
+                     help="refuse archives that hold more gigabytes than this (default: 50)")  # fmt: skip
 
     add = commands.add_parser("voc", help="photographs into centre crops of 224 x 224 pixels, as PNG")
     add.add_argument("source", type=Path, metavar="DIR", help="folder of photographs, such as VOC2012/JPEGImages")

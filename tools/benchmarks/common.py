@@ -222,7 +222,7 @@ def foresee(wanted: Measurement, earlier: Iterable[Measurement]) -> tuple[float,
 
 
 def _too_much(seconds: float, size: float, max_seconds: float, device: str) -> str:
-    """Why a call that takes so many seconds and bytes is left out; empty if it isn't."""
+    """Why a call that takes this time and memory is left out; empty if it isn't."""
     if seconds > max_seconds:
         return f"left out, about {seconds:.0f} s"
     if size > 0.8 * devices.available_memory(torch.device(device)):

@@ -16,7 +16,7 @@ from models.vgg import Vgg19
 
 
 def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__) -> int:
-    """Of result += a @ b: (N, K, L) and (N, L, M)."""
+    """FLOPs of result += a @ b, (N, K, L) and (N, L, M)."""
     return 2 * a.numel() * b[-1]
 
 
@@ -35,14 +35,14 @@ class Module:
 
 @dataclass
 class Costs:
-    """Of a network and one image.
+    """The costs of a network for one image.
 
     Attributes:
         parameters: of the network.
         forward: FLOPs of its forward pass.
         vgg: FLOPs of VGG19's features, 0 where the network has a stem of its own.
         kept: bytes that the forward pass keeps for the backward pass.
-        modules: its parts, the costliest first; together they are all of it.
+        modules: parts that together are the whole network, the costliest first.
     """
 
     parameters: int
@@ -58,7 +58,7 @@ def costs(name: str, height: int, width: int, depth: int) -> Costs:
     Args:
         name: of `models.arch`.
         height, width: of the image, multiples of 16.
-        depth: how deep modules are told apart.
+        depth: how deep the network is divided into modules.
     """
     with torch.device("meta"):
         network = create_model(name)
@@ -83,8 +83,8 @@ def costs(name: str, height: int, width: int, depth: int) -> Costs:
 
 @contextmanager
 def kept_bytes(network: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts the bytes that forward passes within keep for the backward pass: every storage once, the network's own
-    parameters not."""
+    """Count the bytes that forward passes in this block keep for the backward pass: each storage once, without the
+    network's own parameters."""
     owned = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     storages = {}
 
@@ -99,7 +99,7 @@ def kept_bytes(network: nn.Module) -> Iterator[Callable[[], int]]:
 
 
 def _take_values(network: nn.Module) -> None:
-    """Parameters become such that have shapes only, as seen from the CPU."""
+    """Replace the parameters by tensors on the CPU that have shapes but no values."""
     for module in network.modules():
         for key, old in module._parameters.items():
             if old is not None:
@@ -108,8 +108,8 @@ def _take_values(network: nn.Module) -> None:
 
 
 def _parts(network: nn.Module, depth: int, prefix: str = "") -> dict[str, nn.Module]:
-    """The modules at a depth, or above it where they have no parts; a block is none, as it calls its layers' weights
-    rather than its layers."""
+    """The modules at a depth, or above it if they have no parts. A block is not divided: it uses the weights of its
+    layers without calling the layers."""
     parts = {}
     for name, module in network.named_children():
         if depth > 1 and not isinstance(module, Block) and next(module.children(), None) is not None:
@@ -120,7 +120,7 @@ def _parts(network: nn.Module, depth: int, prefix: str = "") -> dict[str, nn.Mod
 
 
 def _flops(module: nn.Module, name: str, flops: dict[str, int]) -> int:
-    """Of a module that was called, or of what was called in one that only holds others."""
+    """FLOPs of a module that was called, or of the called modules in one that only holds others."""
     if name in flops:
         return flops[name]
     return sum(_flops(child, f"{name}.{key}", flops) for key, child in module.named_children())

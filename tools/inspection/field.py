@@ -25,12 +25,12 @@ _MARGIN, _TITLE, _BAR = 16, 56, 40
 
 
 def prepared(name: str, checkpoint: Path | None, scales: float) -> nn.Module:
-    """A network whose blocks do something: with a checkpoint's weights, or with random residual scales.
+    """A network whose blocks have an effect: with a checkpoint's weights, or with random residual scales.
 
     Args:
-        name: of `models.arch`.
-        checkpoint: of this model.
-        scales: standard deviation of the random ones.
+        name: of a model of `models.arch`.
+        checkpoint: its weights.
+        scales: standard deviation of the random scales.
     """
     with torch.random.fork_rng():
         torch.manual_seed(_SEED)
@@ -43,7 +43,7 @@ def prepared(name: str, checkpoint: Path | None, scales: float) -> nn.Module:
 
 
 def scaled_at_random(network: nn.Module, std: float) -> nn.Module:
-    """The network with normally distributed residual scales, which a fresh one has at 0."""
+    """Give the network normally distributed residual scales; in a new network they are 0."""
     for module in network.modules():
         if isinstance(module, StreamScale):
             for parameter in module:
@@ -54,18 +54,18 @@ def scaled_at_random(network: nn.Module, std: float) -> nn.Module:
 def receptive_field(
     network: nn.Module, vgg_weights: str, size: int, images: int, hold_features: bool = False
 ) -> np.ndarray:
-    """(size, size): the absolute gradient of the centre pixel's transmission with respect to the mixture, summed over
-    the colours, mean over images of uniform noise.
+    """The absolute gradient of the centre pixel's transmission with respect to the mixture, (size, size): the sum over
+    the colours, the mean over images of uniform noise.
 
     Args:
-        network: of `prepared`.
-        vgg_weights: of VGG19.
-        size: of the images, a multiple of 16.
-        images: how many.
-        hold_features: leave out what comes through VGG19's features, whose reach hides the network's own.
+        network: the result of `prepared`.
+        vgg_weights: the weights of VGG19.
+        size: side of the images, a multiple of 16.
+        images: number of images.
+        hold_features: leave out the gradient through VGG19's features, whose reach hides the network's own.
 
     Raises:
-        UserError: it is 0 or not finite.
+        UserError: the gradient is 0 or not finite.
     """
     vgg = Vgg19(vgg_weights)
     noise = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(_SEED))
@@ -82,7 +82,7 @@ def receptive_field(
 
 
 def radius(field: np.ndarray, share: float) -> float:
-    """Pixels around the centre within which lies such a share of the whole."""
+    """The radius in pixels, around the centre, of the circle that holds this share of the sum."""
     distance = _from_centre(field)
     order = np.argsort(distance, axis=None)
     within = np.cumsum(field.ravel()[order]) >= share * field.sum()
@@ -90,13 +90,13 @@ def radius(field: np.ndarray, share: float) -> float:
 
 
 def halves(field: np.ndarray) -> tuple[float, float]:
-    """Shares of the rows above and below the centre's: a scan along the rows only sees what came before."""
+    """The shares of the rows above and below the centre: a scan along the rows sees only earlier pixels."""
     middle = len(field) // 2
     return field[:middle].sum() / field.sum(), field[middle + 1 :].sum() / field.sum()
 
 
 def draw(fields: dict[str, np.ndarray], origin: str, path: Path) -> None:
-    """The fields side by side, as PNG, each relative to its own largest value.
+    """Draw the fields side by side, each relative to its own largest value.
 
     Raises:
         UserError: the file can't be written.
@@ -104,10 +104,8 @@ def draw(fields: dict[str, np.ndarray], origin: str, path: Path) -> None:
     panels = [_panel(name, field) for name, field in fields.items()]
     width = sum(panel.width + _MARGIN for panel in panels) + _MARGIN
     picture = Image.new("RGB", (width, panels[0].height + _BAR + 2 * _MARGIN), "white")
-    left = _MARGIN
-    for panel in panels:
-        picture.paste(panel, (left, _MARGIN))
-        left += panel.width + _MARGIN
+    for number, panel in enumerate(panels):
+        picture.paste(panel, (_MARGIN + number * (panel.width + _MARGIN), _MARGIN))
     _add_bar(picture, origin)
     write_image(path, np.asarray(picture))
 
@@ -127,7 +125,7 @@ def _panel(name: str, field: np.ndarray) -> Image.Image:
 
 
 def _add_bar(picture: Image.Image, origin: str) -> None:
-    """What the colours mean, along the lower edge."""
+    """Draw the meaning of the colours along the lower edge."""
     width = min(256, picture.width - 2 * _MARGIN)
     top = picture.height - _BAR - _MARGIN // 2
     ramp = _coloured(np.tile(np.linspace(0, 1, width), (12, 1)))

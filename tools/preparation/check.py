@@ -41,14 +41,14 @@ class Part:
 
 
 def check(base: Path, published: bool) -> int:
-    """Print a table of all sets and a line for each trouble.
+    """Print a table of all sets and a line for each problem.
 
     Args:
         base: the data.
-        published: whether differences from the published sets are trouble.
+        published: whether differences from the published sets count as problems.
 
     Returns:
-        1 with trouble, else 0.
+        1 if there is a problem, else 0.
 
     Raises:
         UserError: there is no such folder.
@@ -97,7 +97,7 @@ def _pairs_of(name: str, place: Path, train: bool) -> Part:
 
 
 def _decode(base: Path, parts: list[Part]) -> tuple[dict[Path, tuple[int, int]], dict[Path, bytes]]:
-    """Sizes of all images, and hashes of their pixels; what can't be decoded joins its set's problems."""
+    """Sizes of all images, and hashes of their pixels; what can't be decoded is added to its set's problems."""
     sizes, hashes = {}, {}
     files = [(part, file) for part in parts for file in part.files]
     with ThreadPoolExecutor(_THREADS) as pool:

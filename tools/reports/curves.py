@@ -1,4 +1,4 @@
-"""A run's curves: TensorBoard's scalars over the steps, the sets' figures over the epochs."""
+"""A run's curves: TensorBoard's scalars over the steps, the sets' metrics over the epochs."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from util.run.reader import SCORES, Run
 
-# Title of a chart, beginning of its tags, whether a logarithmic axis suits it.
+# Title of a chart, prefix of its tags, whether its axis is logarithmic.
 _CHARTS = (
     ("losses", "train/loss_", True),
     ("learning rate", "train/lr", False),
@@ -18,7 +18,7 @@ _MOST_POINTS = 600  # of a curve; of more, neighbours are averaged
 
 
 def curves(run: Run) -> list[dict]:
-    """Charts: title, unit of x, whether logarithmic, and series of a name and points [x, y]."""
+    """The charts, each with a title, the unit of x, whether it is logarithmic, and series: a name and points [x, y]."""
     scalars = _scalars(run)
     charts = []
     for metric in SCORES:
@@ -40,7 +40,7 @@ def _by_epoch(run: Run, name: str, metric: str) -> list[list]:
 
 
 def _scalars(run: Run) -> dict[str, list[tuple[int, float]]]:
-    """All scalars of the events; what can't be read of them joins the run's problems."""
+    """All scalars of the events by tag; an error in reading them is added to the run's problems."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     kinds = ("images", "tensors", "audio", "histograms", "compressedHistograms")
@@ -54,7 +54,7 @@ def _scalars(run: Run) -> dict[str, list[tuple[int, float]]]:
 
 
 def _thin(points: list[tuple[int, float]]) -> list[list]:
-    """At most so many points, each the mean of neighbours."""
+    """At most _MOST_POINTS points, each the mean of neighbouring ones."""
     group = math.ceil(len(points) / _MOST_POINTS)
     parts = (points[i : i + group] for i in range(0, len(points), group or 1))
     return [[part[-1][0], _finite(float(np.mean([value for _, value in part])))] for part in parts]

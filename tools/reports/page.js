@@ -16,7 +16,7 @@
     element.textContent = text;
     return element;
   };
-  const told = value => value === null ? "-" : String(Number(value.toPrecision(5)));
+  const asText = value => value === null ? "-" : String(Number(value.toPrecision(5)));
 
   // Round values between low and high: about five, or of a logarithmic axis its powers of ten.
   const ticks = (low, high, log) => {
@@ -53,10 +53,10 @@
     for (const value of ticks(y.low, y.high, log)) {
       const at = y.place(value);
       picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
-      picture.append(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, told(value)));
+      picture.append(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, asText(value)));
     }
     for (const value of ticks(x.low, x.high, false)) {
-      picture.append(svg("text", { x: x.place(value), y: HEIGHT - 6, "text-anchor": "middle" }, told(value)));
+      picture.append(svg("text", { x: x.place(value), y: HEIGHT - 6, "text-anchor": "middle" }, asText(value)));
     }
   };
 
@@ -71,7 +71,7 @@
       const far = place => Math.abs(x.place(place) - pointer);
       const nearest = places.reduce((best, place) => far(place) < far(best) ? place : best);
       const lines = chart.series.map((series, i) => [series.name, values[i].get(nearest)]);
-      const shown = lines.filter(line => line[1] !== undefined).map(line => `${line[0]}  ${told(line[1])}`);
+      const shown = lines.filter(line => line[1] !== undefined).map(line => `${line[0]}  ${asText(line[1])}`);
       tip.textContent = [`${chart.x} ${nearest}`, ...shown].join("\n");
       tip.style.display = "block";
       tip.style.left = pointer < WIDTH / 2 ? `${(pointer + 12) / WIDTH * 100}%` : "auto";

@@ -1,8 +1,7 @@
-"""The page itself, of page.html, page.js and page.css.
+"""The page, made from page.html, page.js and page.css.
 
-Whatever comes from outside is escaped: as text of HTML, or as JSON within a script element, which the page's own script
-puts in place as text, never as HTML. A content security policy allows that one script and one style sheet, and no
-connection.
+All foreign text is escaped: as text of HTML, or as JSON in a script element, which the page's script inserts as text,
+never as HTML. A content security policy allows this script, this style sheet, and no connection.
 """
 
 import base64
@@ -32,14 +31,14 @@ _HALF = ("reflection", "residue")  # kinds shown at half the side
 
 
 def write(path: Path, run: Run, charts: list[dict], shown: Iterable["Shown"], source: str, max_side: int) -> None:
-    """Write the page, whole or not at all.
+    """Write the page of a run, whole or not at all.
 
     Args:
         path: the file.
-        run: whose page it is.
-        charts: of `curves.curves`.
-        shown: the test images; taken one by one, as they may be many.
-        source: where their pictures come from.
+        run: the run.
+        charts: the result of `curves.curves`.
+        shown: the test images, which are taken one at a time to save memory.
+        source: in words, where their pictures come from.
         max_side: longer side of the embedded pictures, in pixels.
 
     Raises:
@@ -80,12 +79,13 @@ def _page(run: Run, charts: list[dict], shown: Iterable["Shown"], source: str, m
         options=[(key, _plain(value)) for key, value in sorted(run.options.items())],
         pictures=pictures(),
         charts=charts,
-        images=images,  # of all pictures by the time it is written
+        images=images,  # complete when the template, which writes the pictures first, comes to it
     )
 
 
 def _scores(run: Run) -> list[tuple]:
-    """The sets' figures at the picked epoch, and at the one that the test sets would pick."""
+    """A table of the sets' metrics at the picked epoch and at the epoch that the test sets would pick; empty before the
+    first evaluation."""
     epoch, by = run.picked
     if epoch is None:
         return []
@@ -128,7 +128,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
 
 
 def _describe(image: "Shown") -> dict:
-    """What the gallery's script needs to know of an image without opening its pictures."""
+    """What the gallery's script has to know about an image before it opens the pictures."""
     height, width = image.layers["input"].shape[:2]
     scores = {key: [round(image.before[key], 4), round(image.metrics[key], 4)] for key in SCORES}
     kinds = [kind for kind in ("transmission", "target", *_HALF) if kind in image.layers]

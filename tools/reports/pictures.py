@@ -1,4 +1,4 @@
-"""The test images of a run: what was seen, what was separated, what was to be found."""
+"""The test images of a run: the mixtures, what the network made of them, and the truth."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -14,25 +14,25 @@ from options.arguments import train_parser
 from util.errors import UserError
 from util.evaluation import Separated, measure
 from util.images import read_image
-from util.progress import Progress
+from util.progress import track
 from util.run import checkpoint
 from util.run.folder import RunFolder
 from util.run.reader import Run
 
 Separate = Callable[[dict, str], Separated]
-"""(sample of a test set, name of the set) -> what a network makes of it."""
+"""(sample of a test set, name of the set) -> the sample with the network's results."""
 
 
 @dataclass
 class Shown:
-    """A test image.
+    """A test image on the page.
 
     Attributes:
-        set, name: which.
-        layers: pictures by kind, (H, W, 3) around 0..1: input, transmission, target, reflection, residue (the last
-            one only where it was computed).
-        metrics: of the transmission, as `util.metrics.quality_assess`.
-        before: of the untouched input.
+        set, name: of the test set and of the image.
+        layers: pictures by kind, (H, W, 3) around 0..1: input, transmission, target, reflection, and residue if it was
+            computed.
+        metrics: of the transmission, see `util.metrics.quality_assess`.
+        before: the same metrics of the untouched input.
     """
 
     set: str
@@ -43,14 +43,14 @@ class Shown:
 
 
 def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]:
-    """A run's test images, and where they come from, in words.
+    """A run's test images, and in words where their pictures come from.
 
     Args:
         run: the run.
-        options: pictures, checkpoint, base_dir, vgg_weights and gpu_ids, as of tools/report.py.
+        options: those of tools/report.py: pictures, checkpoint, base_dir, vgg_weights and gpu_ids.
 
     Raises:
-        UserError: what is needed for the pictures is missing; the message says what to do.
+        UserError: something that the pictures need is missing; the message says what to do.
     """
     recipe = _recipe(run, options)
     files = RunFolder(run.folder)
@@ -68,7 +68,7 @@ def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]
 
 
 def _recipe(run: Run, options: argparse.Namespace) -> argparse.Namespace:
-    """The run's options, those that it lacks at their defaults, set to evaluate only."""
+    """The run's options, with defaults for those it lacks, changed so that they only evaluate."""
     if not run.options:
         raise UserError(f"{run.folder}: {run.problems[0]}; without it there is only --pictures none")
     values = {action.dest: action.default for action in train_parser()._actions} | run.options
@@ -76,17 +76,24 @@ def _recipe(run: Run, options: argparse.Namespace) -> argparse.Namespace:
     values["vgg_weights"] = options.vgg_weights or values["vgg_weights"]
     if not values["base_dir"].is_dir():
         raise UserError(f"--base_dir {values['base_dir']}: there is no such folder; say where the run's data is now")
-    values |= {"demo": True, "nEpochs": 0, "eval_batch": 1, "nThreads": 0, "gpu_ids": []}  # demo: no missing sets told
+    values |= {
+        "demo": True,
+        "nEpochs": 0,
+        "eval_batch": 1,
+        "nThreads": 0,
+        "gpu_ids": [],
+    }  # demo: don't report missing sets
     return argparse.Namespace(**values)
 
 
 def _last_epoch(run: Run) -> int | None:
-    """The epoch that was evaluated last, of which images/ is."""
+    """The epoch that was evaluated last; the run's images/ are of this epoch."""
     epochs = [line["epoch"] for line in run.lines if line["estimate"] == "model"]
     return epochs[-1] if epochs else None
 
 
 def _takes_saved(run: Run, options: argparse.Namespace, state: dict | None) -> bool:
+    """Whether the pictures are read from the run's images/ and not computed from weights."""
     there = RunFolder(run.folder).images.is_dir()
     if options.pictures == "saved" and not there:
         raise UserError(f"--pictures saved: {run.folder}/images is not there; --save_images writes it")
@@ -96,7 +103,7 @@ def _takes_saved(run: Run, options: argparse.Namespace, state: dict | None) -> b
 
 
 def _saved(folder: RunFolder) -> Separate:
-    """Reads what --save_images has written."""
+    """A function that reads the files of --save_images."""
 
     def read(sample: dict, set_name: str) -> Separated:
         layers = {}
@@ -110,7 +117,7 @@ def _saved(folder: RunFolder) -> Separate:
 
 
 def _separator(weights: Path, inet: str, recipe: argparse.Namespace, options: argparse.Namespace) -> Separate:
-    """Computes, with the weights of a checkpoint."""
+    """A function that computes with the weights of a checkpoint."""
     separator = load_separator(weights, inet, recipe.vgg_weights, recipe.precision, options.gpu_ids)
 
     def separate(sample: dict, _: str) -> Separated:
@@ -122,18 +129,13 @@ def _separator(weights: Path, inet: str, recipe: argparse.Namespace, options: ar
 
 
 def _all(loaders: dict, separate: Separate) -> Iterator[Shown]:
-    progress = Progress("test images", sum(len(loader.dataset) for loader in loaders.values()))
-    try:
-        for set_name, loader in loaders.items():
-            for sample in loader.dataset:
-                yield _shown(separate(sample, set_name), set_name)
-                progress.step()
-    finally:
-        progress.close()
+    samples = ((sample, set_name) for set_name, loader in loaders.items() for sample in loader.dataset)
+    for sample, set_name in track(samples, "test images", sum(len(loader.dataset) for loader in loaders.values())):
+        yield _shown(separate(sample, set_name), set_name)
 
 
 def _shown(one: Separated, set_name: str) -> Shown:
-    """Measured are the pixels that are shown, at full size."""
+    """The image with metrics of the pixels that the page shows, at full size."""
     found = measure(one)
     layers = {"input": one.mixture, "target": one.target_t}
     layers |= {"transmission": one.transmission, "reflection": one.reflection}
