@@ -22,10 +22,7 @@ JPEG_QUALITY = 95
 # program.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF", "HEIF")
 _MOST_BYTES = 2**31  # of a file, because some formats are read as a whole
-_FEW_PIXELS, _MOST_PER_BYTE = 2**24, 2000  # an image larger than the first has at most the second per byte of its file
-    2**24,
-    2000,
-)  # an image of more pixels than the first needs a file with a byte for every `_MOST_PER_BYTE`
+_FEW_PIXELS, _MOST_PER_BYTE = 2**24, 2000  # a larger image than the first has at most the second per byte of file
 _ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are the orientations that swap width and height
 _ENDINGS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _TAIL = 4096  # bytes at a file's end that are read
