@@ -37,7 +37,7 @@ INPUT = "input"
 
 @dataclass(frozen=True)
 class Line:
-    """The means of one estimate over one set, or over several, weighted by their numbers of images."""
+    """The mean metrics of one estimate over all images of one set or of several sets."""
 
     estimate: str  # the checkpoint, or INPUT
     inet: str
@@ -47,7 +47,7 @@ class Line:
     values: dict[str, float]
 
     def plain(self) -> dict[str, object]:
-        """As it is written."""
+        """Plain values, as the files of -o have them."""
         head = {"estimate": self.estimate, "inet": self.inet, "epoch": self.epoch, "set": self.set}
         return head | {"images": self.count} | self.values
 
@@ -60,7 +60,7 @@ def evaluate(options: Namespace) -> None:
     """Measure, show and, with -o, write.
 
     Raises:
-        UserError: there is no test set, a file can't be used, the results can't be written.
+        UserError: there is no test set, a file can't be used, or the results can't be written.
     """
     import data
     from models.separator import load_separator
@@ -68,7 +68,7 @@ def evaluate(options: Namespace) -> None:
 
     set_deterministic(seed=0)
     keep_freed_memory()
-    # All that discover and the loaders look at; `demo` keeps the former from telling what `doubts` tells.
+    # All options that `discover` and the loaders read; `demo` silences the warnings that `doubts` gives.
     chosen = Namespace(
         **vars(options),
         demo=True,
@@ -105,7 +105,7 @@ def evaluate(options: Namespace) -> None:
 
 
 def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
-    """Why figures measured on sets of these names and sizes can't be held against the published ones."""
+    """The reasons why figures measured on sets of these names and sizes can't be compared with the published ones."""
     wrong = []
     for name in AVERAGED_SETS:
         if name not in counts:
@@ -115,12 +115,14 @@ def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
     others = sorted(set(counts) - set(TEST_SETS))
     if others:
         wrong.append(f"{', '.join(others)} {'is' if len(others) == 1 else 'are'} none of them")
-    found = []
+    warnings = []
     if wrong:
-        found.append(f"WARNING: these are not the published test sets ({'; '.join(wrong)}): don't compare the figures.")
+        warnings.append(
+            f"WARNING: these are not the published test sets ({'; '.join(wrong)}): don't compare the figures."
+        )
     if protocol == "native":
-        found.append("WARNING: the published figures were measured by --protocol published, these were not.")
-    return found
+        warnings.append("WARNING: the published figures were measured by --protocol published, these were not.")
+    return warnings
 
 
 def measure_set(
@@ -130,10 +132,10 @@ def measure_set(
     protocol: str,
     lpips: Callable[["Tensor", "Tensor"], float] | None,
 ) -> list[dict]:
-    """The metrics of every image of a set and of its untouched input.
+    """Measure every image of a set, and its untouched input.
 
     Returns:
-        By name: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+        Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
     """
     from util.evaluation import measure, measure_images, separate_batches
     from util.progress import track
@@ -152,7 +154,7 @@ def measure_set(
 
 
 def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], float] | None, str]:
-    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (3, H, W) images in 0..1, or why it can't be had."""
+    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (3, H, W) images in 0..1, or why there is none."""
     try:
         import lpips
 
@@ -172,7 +174,7 @@ def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], f
 
 
 def _further(one: "Separated", rounded: bool, lpips: Callable | None) -> dict[str, dict[str, float]]:
-    """Metrics beside the published ones."""
+    """The metrics that the published figures don't have."""
     from util.metrics import PSNR_LIMIT
 
     estimate = one.transmission.clamp(0, 1)
@@ -180,14 +182,14 @@ def _further(one: "Separated", rounded: bool, lpips: Callable | None) -> dict[st
         estimate = (estimate * 255 + 0.5).floor() / 255
     found: dict[str, dict[str, float]] = {}
     for kind, image in (("model", estimate), ("input", one.mixture)):
-        # The published PSNR is the mean over the channels: one that is as good as equal decides it.
+        # The published PSNR is the mean over the channels, which one almost perfect channel can dominate.
         mse = max(float((image - one.target_t).square().mean()), 10 ** (-PSNR_LIMIT / 10))
         found[kind] = {"PSNR_joint": -10 * math.log10(mse)} | ({"LPIPS": lpips(image, one.target_t)} if lpips else {})
     return found
 
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
-    """A line for every set, one for all and, if all published sets are there, one for these."""
+    """A line for each set, one for all images and, if all published sets are there, one for their images."""
     from util.evaluation import mean_over_images, mean_over_sets
 
     sets = {name: mean_over_images(rows) for name, rows in measured.items()}

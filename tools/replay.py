@@ -1,10 +1,9 @@
-"""What happened in a step whose loss or gradient wasn't finite: the step once more, block by block.
+"""Repeat a training step whose loss or gradient wasn't finite, and show where that begins, block by block.
 
     python tools/replay.py checkpoints/mdsrnet_v1_l/nonfinite_step_81234_rank_0.pt
 
-The file has the weights, the batch and the options of that step. Shows the losses, and for every block the root mean
-square of what comes in, of what goes out, and of the gradients of both, with a mark where the first one that isn't
-finite comes from.
+The file has the weights, the batch and the options of that step. The output has the losses and, for every block, the
+root mean square of its input, of its output and of the gradients of both. A mark shows the first one that isn't finite.
 """
 
 import argparse

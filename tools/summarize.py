@@ -5,8 +5,8 @@
     python tools/summarize.py --markdown runs.md --csv runs.csv --json runs.json
     python tools/summarize.py --over_seeds                     runs that differ in their seed only: mean and spread
 
-The figures of a run are those of the epoch that its held-out pairs picked ('val') or, where it has none, of its last
-epoch ('last'). The best epoch by the test sets stands in a column of its own: it flatters. PSNR is in dB.
+A run's figures are those of the epoch that its held-out pairs picked ('val'). A run without held-out pairs shows its
+last epoch ('last'). The best epoch by the test sets has its own column, because it flatters. PSNR is in dB.
 """
 
 import argparse
@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("checkpoints"), metavar="FOLDER",
                         help="where the runs are, at any depth (default: checkpoints)")  # fmt: skip
     parser.add_argument("--sort", default="average", metavar="KEY",
-                        help=f"what comes first: {', '.join(_SORTS)}, or a test set's name (default: average); names, "
-                             "hours and disk from the smallest, scores from the highest")  # fmt: skip
+                        help=f"sort by {', '.join(_SORTS)} or the name of a test set (default: average); names, hours "
+                             "and disk in ascending order, scores in descending order")  # fmt: skip
     parser.add_argument("--over_seeds", action="store_true",
-                        help="one line for all finished runs that differ in nothing but their seed: the mean, and with "
-                             "+- the PSNR's standard deviation among them")  # fmt: skip
+                        help="show finished runs that differ only in their seed as one line: the mean, and after +- "
+                             "the standard deviation of the PSNR")  # fmt: skip
     for kind in _WRITERS:
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=f"write the table as {kind}, too")
     summarize(parser.parse_args(arguments))
@@ -71,7 +71,7 @@ def summarize(options: argparse.Namespace) -> None:
 
 
 def row(run, root: Path) -> dict:
-    """What the leaderboard says of a run, as plain values."""
+    """The leaderboard's entry of a run, as plain values."""
     epoch, by = run.picked
     best = run.best_epoch("average")
     return {
@@ -102,7 +102,7 @@ def row(run, root: Path) -> dict:
 
 
 def recipe(options: dict[str, object]) -> str:
-    """What differs from the defaults, as it would be typed; a demo run is compared with the demo's."""
+    """The options that decide what is trained and differ from the defaults; for a demo run, from the demo's recipe."""
     changed = ["demo"] if options.get("demo") else []
     for action in train_parser()._actions:
         key = action.dest
@@ -116,7 +116,7 @@ def recipe(options: dict[str, object]) -> str:
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
-    """One row for all finished runs of a model that differ in their seed only; the others as they are."""
+    """Finished runs that differ only in their seed become one row; the others stay as they are."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for number, entry in enumerate(rows):
         same = (entry["model"], entry["recipe"], entry["epochs"], entry["aligned"])
@@ -144,7 +144,7 @@ def _merged(rows: list[dict]) -> dict:
 
 
 def _mean(scores: list[dict]) -> dict:
-    """Of scores of several runs; no mean where one has none."""
+    """The mean of several runs' scores; None if any of them is missing."""
     values = {key: [each[key] for each in scores] for key in ("PSNR", "SSIM")}
     mean = {key: None if None in those else statistics.fmean(those) for key, those in values.items()}
     spread = None if mean["PSNR"] is None else statistics.stdev(values["PSNR"])
@@ -152,16 +152,16 @@ def _mean(scores: list[dict]) -> dict:
 
 
 def test_sets(rows: list[dict]) -> list[str]:
-    """The test sets of all runs, the published ones first."""
-    found = {name for entry in rows for name in entry["sets"]}
-    return [name for name in AVERAGED_SETS if name in found] + sorted(found - set(AVERAGED_SETS))
+    """The names of all runs' test sets, the published ones first."""
+    names = {name for entry in rows for name in entry["sets"]}
+    return [name for name in AVERAGED_SETS if name in names] + sorted(names - set(AVERAGED_SETS))
 
 
 def in_order(rows: list[dict], key: str, sets: list[str]) -> list[dict]:
-    """Sorted; what has no such value comes last.
+    """Sort the rows by a column; rows without a value come last.
 
     Raises:
-        UserError: nothing has that name.
+        UserError: there is no such column.
     """
     if key in ("name", "model", "hours", "disk"):
         value, sign = (lambda entry: entry[key]), 1
@@ -178,7 +178,7 @@ def in_order(rows: list[dict], key: str, sets: list[str]) -> list[dict]:
 
 
 def columns(sets: list[str], rows: list[dict]) -> dict[str, Callable[[dict], str]]:
-    """Titles of the table's columns, and what stands in them."""
+    """The columns: each title with the function that gives a row's text."""
     published = any(entry["published"]["PSNR"] is not None for entry in rows)
     return {
         "run": lambda entry: entry["name"],
@@ -199,33 +199,35 @@ def columns(sets: list[str], rows: list[dict]) -> dict[str, Callable[[dict], str
 
 
 def notes(rows: list[dict]) -> list[str]:
-    """What must be known to compare the rows."""
-    told = []
+    """Warnings for whoever compares the rows."""
+    lines = []
     tested = [entry for entry in rows if entry["average"]["PSNR"] is not None]
     images = {tuple(sorted((name, scores["count"]) for name, scores in entry["sets"].items())) for entry in tested}
     if len(images) > 1:
-        told.append("The averages are not of the same images: compare the columns of single sets.")
+        lines.append("The averages are not of the same images: compare the columns of single sets.")
     if len({entry["aligned"] for entry in tested}) > 1:
-        told.append("Some runs resized their test images to multiples of 32 (--if_align), others did not.")
+        lines.append("Some runs resized their test images to multiples of 32 (--if_align), others did not.")
     if tested:
-        told.append("'best by test' is the average of the epoch that the test sets themselves would pick: it flatters.")
-    return told
+        lines.append(
+            "'best by test' is the average of the epoch that the test sets themselves would pick: it flatters."
+        )
+    return lines
 
 
 def terminal_table(rows: list[dict], sets: list[str]) -> str:
-    """Aligned columns; long texts are cut, and control characters shown as '?'."""
+    """Aligned columns; long texts are cut, control characters become '?'."""
     cells = _cells(rows, sets, _for_terminal)
     return tables.as_text(cells)
 
 
 def markdown_table(rows: list[dict], sets: list[str]) -> str:
-    """A table of Markdown, with the notes below it."""
+    """A Markdown table and the notes below it."""
     cells = _cells(rows, sets, lambda text: " ".join(text.split()))
     return "\n".join([tables.as_markdown(cells, escape="\\`*_[]|<>#&~"), *notes(rows)]) + "\n"
 
 
 def csv_table(rows: list[dict], sets: list[str]) -> str:
-    """A line a run, every figure in a column of its own."""
+    """A line per run, each figure in its own column."""
     return tables.as_csv([_flat(entry, sets) for entry in rows])
 
 
@@ -250,8 +252,10 @@ def _flat(entry: dict, sets: list[str]) -> dict:
 
 
 def _scores(line: dict | None) -> dict:
-    """PSNR, SSIM and number of images of a line, and the spread of the PSNR, which a single run hasn't; None for what
-    is missing or not finite."""
+    """PSNR, SSIM and number of images of a line; None for a value that is missing or not finite.
+
+    A single run has no spread of the PSNR.
+    """
     line = line or {}
     scores = {key: line.get(key) for key in ("PSNR", "SSIM")}
     scores = {key: value if value is not None and math.isfinite(value) else None for key, value in scores.items()}

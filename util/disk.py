@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full, read-only or gone: whole files or none, and errors that say where."""
+"""Writes to a disk that may be full, read-only or gone: a file is written whole or not at all, and errors name it."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from util.errors import UserError
 
-_TEMPORARY = ".tmp-"  # hidden, and before the name, so that the suffix still tells the kind of file
+_TEMPORARY = ".tmp-"  # in front of the name, so that the suffix still shows the kind of file
 
 
 @contextmanager
@@ -53,17 +53,21 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Remove what a killed process has left half written in a folder and below it."""
+    """Remove the temporary files of killed processes from a folder and the folders below it."""
     for path in folder.rglob(f"{_TEMPORARY}*"):
         with writing(path):
             path.unlink()
 
 
 def require(folder: Path, needed: int) -> None:
-    """See whether so many bytes of checkpoints fit into a folder.
+    """Check that a number of bytes fit into a folder.
+
+    Args:
+        folder: of the run.
+        needed: the bytes of all checkpoints that are still to be written.
 
     Raises:
-        UserError: they don't.
+        UserError: they don't fit.
     """
     if needed > (left := free(folder)):
         raise UserError(
@@ -73,7 +77,7 @@ def require(folder: Path, needed: int) -> None:
 
 
 def free(path: Path) -> int:
-    """Bytes that can still be written where a file or folder is, or is to be."""
+    """Free bytes on the disk of a file or folder, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
@@ -92,5 +96,5 @@ def changed_at(path: Path) -> int | None:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes in MiB or GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""UserError, the exception for what a user can correct."""
 
 import unicodedata
 
@@ -6,9 +6,9 @@ _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that aren't
 
 
 class UserError(Exception):
-    """Its message says what was wrong, where, and what to do; programs print it without a traceback.
+    """The message says what is wrong, where, and what to do; programs print it without a traceback.
 
-    Whatever names of files are in it, it can be printed.
+    The message can always be printed, whatever file names it contains.
     """
 
     def __init__(self, message: str) -> None:
@@ -16,9 +16,9 @@ class UserError(Exception):
 
 
 def printable(text: object) -> str:
-    """A text, such as the name of a file, as one line that a terminal and any file of text can take.
+    """A text, such as a file name, as one line that can be shown on a terminal and written to a text file.
 
-    Control characters, newlines among them, and bytes that are not UTF-8 are shown as escape sequences.
+    Control characters (also newlines) and bytes that are not UTF-8 become escape sequences.
     """
     return "".join(
         char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNPRINTABLE else char
