@@ -11,6 +11,7 @@ import torch
 from data.demo import build_demo
 from tests.golden.fill import fill
 from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
+from tests.project import Project
 from util.images import read_image, write_image
 from util.stability import Guard
 
@@ -101,3 +102,9 @@ def base(tmp_path) -> Path:
     write_pairs(tmp_path / "test/SIR2/PostcardDataset", "ab", ("blended", "transmission_layer", "reflection_layer"))
     write_pairs(tmp_path / "test/real20_420", ["3", "4", "9"], width=70, height=50)
     return tmp_path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A copy of the project's shell scripts."""
+    return Project(tmp_path)

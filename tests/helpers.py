@@ -64,6 +64,20 @@ def wait_for_writes(path: Path, process: subprocess.Popen, count: int, seconds: 
 # ---- faults -------------------------------------------------------------------------------------------------------
 
 
+def flipped(data: bytes, bit: int) -> bytes:
+    """The data with one bit turned."""
+    copy = bytearray(data)
+    copy[bit // 8] ^= 1 << bit % 8
+    return bytes(copy)
+
+
+class Malicious:
+    """Executes something when it is unpickled."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
 def at_call(monkeypatch, where: object, name: str, number: int, act) -> None:
     """Call `act` just before the `number`-th call of a function."""
     plain, calls = getattr(where, name), iter(range(1, 1000))

@@ -16,12 +16,12 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import Diverged
+from engine import Diverged, Engine
 from models.arch import create_model
 from options import parse_train, train_parser
 from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
 from tools import replay
-from train_sirs import train
+from train_sirs import main, train
 from util import program
 from util.errors import UserError
 from util.images import read_image
@@ -126,8 +126,11 @@ def test_two_and_two_epochs_equal_four(finished, tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "steps_left"), [(1, 1), (2, 0)])
-def test_resuming_with_another_batch_goes_on_at_the_same_sample(finished, tiny_data, tmp_path, before, steps_left):
+def test_resuming_with_another_batch_goes_on_at_the_same_sample(
+    finished, tiny_data, tmp_path, before, steps_left, monkeypatch
+):
     """Two steps of `before` samples are done; what is left of the epoch's four comes in steps of two."""
+    monkeypatch.setattr(Engine, "_evaluate_all", lambda self, epoch: None)
     (tmp_path / "other").mkdir()
     state = checkpoint.load(finished / "last.pt") | {"epoch": 3, "step": 2, "samples_per_step": before}
     checkpoint.save(state, tmp_path / "other/last.pt")
@@ -156,8 +159,9 @@ def test_killed_in_mid_epoch_and_resumed_equals_undisturbed(tiny_data, tmp_path)
     assert same(state_of(folder), state_of(whole))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_exits(tiny_data, tmp_path, number):
+def test_a_signal_to_the_program_saves_and_exits(tiny_data, tmp_path):
+    """A real one, to a process with a worker; tests/faults/test_signals.py has every signal, at every point."""
+    number = signal.SIGTERM
     process = start(tiny_data, tmp_path, "--nEpochs", "50", "--save_steps", "1", "--name", "stopped", "--nThreads", "1")
     wait_for_writes(tmp_path / "stopped/last.pt", process, 2)
     process.send_signal(number)
@@ -250,11 +254,11 @@ def test_checkpoint_of_something_else_is_refused(finished, tiny_data, tmp_path, 
         run(tiny_data, tmp_path, *FULL, "--name", "other", "--resume")
 
 
-def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, tiny_data):
-    command = [sys.executable, "train_sirs.py", *arguments(tiny_data, tmp_path / "runs", "--inet", "dsrnet_xl")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().startswith("error:") and "dsrnet_s" in done.stderr and "\n" not in done.stderr.strip()
+def test_unknown_model_is_one_line_and_leaves_nothing(tmp_path, tiny_data, capsys):
+    given = arguments(tiny_data, tmp_path / "runs", "--inet", "dsrnet_xl")
+    assert program.run(main, given) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error:") and "dsrnet_s" in message and "\n" not in message
     assert not (tmp_path / "runs").exists()
 
 

@@ -15,7 +15,7 @@ import models
 import train_sirs
 from models.dsrnet_model_sirs import DSRNetModel
 from tests.helpers import ROOT, arguments, at_call, run, same, state_of, wait_for_writes
-from tests.test_runner import NVIDIA_SMI, RECORDER, Project
+from tests.project import NVIDIA_SMI, RECORDER, Project
 from util import program
 from util.run import checkpoint
 from util.run.record import Record

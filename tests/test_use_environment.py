@@ -1,0 +1,203 @@
+"""tools/environment.sh: which Python is used, and how a virtual environment is set up.
+
+Nothing is installed: the copy's requirements are met by the Python that runs the tests, or the test is about what is
+said when they are not.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.project import Project, executable
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.mark.parametrize(
+    ("requirements", "lacks"),
+    [
+        ("", ""),
+        ("# a comment\n\nTiny_Thing>=2.0  # another\n--prefer-binary\n", ""),
+        ("tiny-thing>=2.4,<3", ""),
+        ("tiny-thing>=2.10", "tiny-thing>=2.10 (it has 2.4.1)"),  # as numbers, not as text
+        ("tiny-thing<2.4", "tiny-thing<2.4 (it has 2.4.1)"),
+        ("absent-thing", "absent-thing"),
+        ("absent-thing; python_version < '3'", ""),
+        ("nightly>=2.11", ""),
+        ("nightly>=2.12", "nightly>=2.12 (it has 2.11.0a0+nv26)"),
+        ("-r more/others.txt\ntiny-thing", "absent-thing>=1"),
+        ("a-a\nb-b\ntiny-thing\nc-c\nd-d\ne-e", "a-a, b-b, c-c and 2 more"),
+    ],
+)
+def test_what_a_python_lacks(project, requirements, lacks):
+    project.distribution("tiny_thing", "2.4.1")
+    project.distribution("nightly", "2.11.0a0+nv26")
+    (project.root / "more").mkdir()
+    (project.root / "more" / "others.txt").write_text("-r deeper.txt\n")
+    (project.root / "more" / "deeper.txt").write_text("absent-thing>=1\n")
+    assert project.lacking(requirements) == lacks
+
+
+def test_an_interrupted_installation_does_not_count(project):
+    project.distribution("tiny_thing", "2.4.1")
+    (project.root / "site" / "tiny_thing-2.4.1.dist-info" / "METADATA").unlink()
+    assert project.lacking("tiny-thing") == "tiny-thing (half-installed)"
+
+
+def test_the_projects_own_requirements_are_met_here(project):
+    """The tests run where requirements-dev.txt is installed, and that includes requirements.txt."""
+    shutil.copy(ROOT / "requirements.txt", project.root)
+    assert project.lacking((ROOT / "requirements.txt").read_text()) == ""
+
+
+def test_a_python_that_has_everything_is_used(project):
+    done = project.use_environment("pytest\n")
+    assert done.stdout.strip() == sys.executable
+    assert done.stderr.strip() == f"Python: {sys.executable}, which has all of requirements.txt"
+    assert not (project.root / ".venv").exists()
+
+
+def test_otherwise_the_one_in_venv(project):
+    project.distribution("absent_thing", "1.0")
+    site = project.environment.pop("PYTHONPATH")
+    executable(
+        project.root / ".venv" / "bin" / "python",
+        f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n',
+    )
+    done = project.use_environment("absent-thing\n")
+    assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
+    assert done.stderr.strip() == f"Python: .venv/bin/python, because {sys.executable} lacks absent-thing"
+
+
+def test_an_incomplete_venv_is_completed(project):
+    """Of two set-ups at once, one waits for the other and then finds all in place."""
+    project.distribution("absent_thing", "1.0")
+    project.environment.pop("PYTHONPATH")
+    (project.root / "site").rename(project.root / "wheel")
+    executable(
+        project.root / ".venv" / "bin" / "python",
+        f"""#!/bin/sh
+        case "$*" in
+        "-m pip install"*) echo one >>pip.log; sleep 1; mv wheel site; exit ;;
+        esac
+        PYTHONPATH=site exec "{sys.executable}" "$@"
+        """,
+    )
+    (project.root / "requirements.txt").write_text("absent-thing\n")
+    script = '. tools/environment.sh; use_environment requirements.txt; echo "$PYTHON"'
+    both = [
+        subprocess.Popen(
+            ["bash", "-euc", script],
+            cwd=project.root,
+            env=project.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert [output.strip() for output, _ in ends] == [f"{project.root}/.venv/bin/python"] * 2
+    assert sum("waiting for it" in errors for _, errors in ends) == 1
+    assert (project.root / "pip.log").read_text() == "one\n"
+
+
+def test_when_pip_fails_the_last_line_says_what_to_do(project):
+    executable(
+        project.root / ".venv" / "bin" / "python",
+        f"""#!/bin/sh
+        case "$*" in
+        "-m pip install"*) echo "no network" >&2; exit 1 ;;
+        esac
+        exec "{sys.executable}" "$@"
+        """,
+    )
+    (project.root / "requirements.txt").write_text("absent-thing\n")
+    done = project.run("cpu", "dsrnet_s", "x")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2] == "no network"
+    assert done.stderr.splitlines()[-1].startswith("pip could not install requirements.txt into .venv (see above)")
+
+
+def test_a_python_named_by_hand_must_work(project):
+    project.environment["PYTHON"] = "no-such-python"
+    done = project.run("cpu", "dsrnet_s", "x")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "PYTHON=no-such-python is not a Python of version 3.10 or newer"
+
+
+def test_an_old_python_is_passed_over(project):
+    executable(project.bin / "python3", "#!/bin/sh\nexit 1\n")  # what the version check ends with
+    executable(project.bin / "python3.13", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    del project.environment["PYTHON"]
+    assert project.use_environment("pytest\n").stdout.strip() == sys.executable
+
+
+def test_without_any_python_it_says_how_to_get_one(project):
+    del project.environment["PYTHON"]
+    done = project.use_environment("pytest\n", "path_of_python() { return 1; }", "apt_install() { return 1; }")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Python 3.10 or newer is needed and was not found.")
+    assert "sudo apt-get install python3 python3-venv" in done.stderr
+
+
+def test_without_any_python_root_gets_one_from_apt(project):
+    project.only()
+    python = project.bin / "python3"
+    wrapper = f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n"
+    executable(project.root / "packaged", wrapper)
+    project.apt_get(f'{shutil.which("cp")} "{project.root}/packaged" "{python}"')
+    del project.environment["PYTHON"]
+    done = project.use_environment("pytest\n", "complete_venv() { say made with $1; }")
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[:2] == [
+        "Installing python3 python3-venv with apt-get",
+        f"made with {sys.executable}",
+    ]
+    assert (project.root / "apt.log").read_text().splitlines()[-1].endswith("python3 python3-venv")
+
+
+@pytest.fixture
+def bare_python(project: Project) -> Path:
+    """A Python without ensurepip, until something makes the file `ensurepip` beside it."""
+    python = project.root / "debian" / "python3"
+    executable(
+        python,
+        f"""#!/bin/sh
+        case "$*" in
+        *"sys.executable"*) echo "$0"; exit ;;
+        *"import ensurepip"*) [ -e "${{0%/*}}/ensurepip" ]; exit ;;
+        "-m venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; exit ;;
+        "-m pip"*) exit ;;
+        esac
+        exec "{sys.executable}" "$@"
+        """,
+    )
+    project.environment["PYTHON"] = str(python)
+    return python
+
+
+VENV_PACKAGE = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+
+
+def test_without_ensurepip_it_says_which_package_to_install(project, bare_python):
+    done = project.use_environment("absent-thing\n", "apt_install() { return 1; }")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"{bare_python} cannot make virtual environments; do: sudo apt-get install {VENV_PACKAGE}"
+    )
+    assert not (project.root / ".venv").exists()
+
+
+def test_without_ensurepip_root_gets_it_from_apt(project, bare_python):
+    project.apt_get(f'touch "{bare_python.parent}/ensurepip"')
+    done = project.use_environment("absent-thing\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
+    assert done.stderr.startswith(f"Installing {VENV_PACKAGE} with apt-get\nInstalling requirements.txt into .venv")
+    assert (project.root / "apt.log").read_text().splitlines()[-1].endswith(VENV_PACKAGE)
