@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 
 from data.demo import write_examples
 from options import PRETRAINED
-from tests.test_runner import executable
+from tests.project import executable
 from tools import app, infer
 from util.errors import UserError
 from util.images import read_image, write_image

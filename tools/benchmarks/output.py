@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tools.benchmarks.common import Measurement, by_curve
@@ -13,6 +12,9 @@ from util.tables import Rows, as_markdown, as_text
 
 Table = tuple[str, Rows]
 """A title and the rows below it."""
+
+Row = tuple[str, list[Measurement], str, Callable[[Measurement], float]]
+"""A row of a picture: its title, what it shows, the label of x, and x."""
 
 
 def table(title: str, found: Sequence[Measurement], columns: Mapping[str, str]) -> Table:
@@ -54,52 +56,26 @@ def _write(path: Path, text: str, option: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-@dataclass
-class Panel:
-    """A row of axes over one quantity; each line has its xs, then a list of ys for each axis."""
-
-    title: str
-    xlabel: str
-    ylabels: Sequence[str]
-    lines: dict[str, tuple[list[float], ...]]
-
-
-def panel(
-    title: str,
-    found: Iterable[Measurement],
-    xlabel: str,
-    x: Callable[[Measurement], float],
-    names: Mapping[str, str],
-) -> Panel:
-    """A line over `x` for each curve; `names` maps the labels of the axes to the names in the records."""
-    lines = {}
-    for curve, points in by_curve(found).items():
-        points = sorted(points, key=x)
-        ys = ([m.record()[name] for m in points] for name in names.values())
-        lines[" ".join(curve)] = ([x(m) for m in points], *ys)
-    return Panel(title, xlabel, list(names), lines)
-
-
-def draw(panels: list[Panel], title: str, path: Path) -> None:
-    """Write a picture of logarithmic axes, a row for every panel."""
+def draw(rows: Sequence[Row], axes: Mapping[str, str], title: str, path: Path) -> None:
+    """Write a picture of logarithmic axes; `axes` maps the labels of y to the names in the records."""
     plt = import_matplotlib()
-    columns = len(panels[0].ylabels)
-    same = len({panel.xlabel for panel in panels}) == 1
-    size = (5.5 * columns, 4 * len(panels))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, sharex=same, squeeze=False)
-    for row, panel in zip(axes, panels, strict=True):
-        for axis, label, number in zip(row, panel.ylabels, range(1, columns + 1), strict=True):
-            for name, line in panel.lines.items():
-                axis.plot(line[0], line[number], marker="o", label=name)
-            axis.set(xscale="log", yscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=label)
-            places = sorted({x for line in panel.lines.values() for x in line[0]})
-            axis.set_xticks(places, [f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in places])
+    same = len({xlabel for _, _, xlabel, _ in rows}) == 1
+    size = (5.5 * len(axes), 4 * len(rows))
+    figure, grid = plt.subplots(len(rows), len(axes), figsize=size, sharex=same, squeeze=False)
+    for cells, (heading, found, xlabel, x) in zip(grid, rows, strict=True):
+        curves = {curve: sorted(points, key=x) for curve, points in by_curve(found).items()}
+        places = sorted({x(m) for points in curves.values() for m in points})
+        for axis, (label, name) in zip(cells, axes.items(), strict=True):
+            for curve, points in curves.items():
+                axis.plot(list(map(x, points)), [m.record()[name] for m in points], marker="o", label=" ".join(curve))
+            axis.set(xscale="log", yscale="log", title=heading, xlabel=xlabel, ylabel=label)
+            axis.set_xticks(places, [f"{place:.3g}" if place < 1000 else f"{place:,.0f}" for place in places])
             axis.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:,g}")
             for direction in (axis.xaxis, axis.yaxis):
                 direction.set_minor_formatter("")
             axis.grid(alpha=0.3)
-        row[0].legend()
+        cells[0].legend()
     figure.suptitle(title)
     figure.tight_layout()
     with disk.replacing(path, "--plot") as temporary:

@@ -45,12 +45,9 @@ def run_scan(options: argparse.Namespace) -> None:
     tables = [output.table(f"{direction} {title}", part, COLUMNS) for direction, part in parts.items()]
     output.report(options, header, tables, found)
     if options.plot:
+        rows = [(direction, part, "length", lambda m: m.what["length"]) for direction, part in parts.items()]
         axes = {"milliseconds": "milliseconds", "peak memory over the inputs' size": "memory"}
-        panels = [
-            output.panel(direction, part, "length", lambda m: m.what["length"], axes)
-            for direction, part in parts.items()
-        ]
-        output.draw(panels, f"Selective scan, {header['machine']}", options.plot)
+        output.draw(rows, axes, f"Selective scan, {header['machine']}", options.plot)
 
 
 def ceiling(device: str) -> tuple[float, str]:

@@ -13,7 +13,7 @@ import torch
 
 from tools.benchmarks import common, machine, output, variants
 from tools.benchmarks.common import Measurement
-from tools.benchmarks.output import Panel
+from tools.benchmarks.output import Row
 from tools.benchmarks.variants import Variant
 from util.device import keep_freed_memory, set_deterministic
 from util.errors import UserError
@@ -46,7 +46,8 @@ def run_step(options: argparse.Namespace) -> None:
     header = machine.setting(options, device, rates)
     output.report(options, header, tables, found)
     if options.plot:
-        output.draw(step_panels(found, options), f"A {kind}, {header['machine']}", options.plot)
+        axes = {"milliseconds": "milliseconds", "peak GiB": "peak_GiB"}
+        output.draw(plot_rows(found, options), axes, f"A {kind}, {header['machine']}", options.plot)
     if options.profile:
         profile(options, chosen[-1], device)
 
@@ -54,22 +55,20 @@ def run_step(options: argparse.Namespace) -> None:
 def run_memory(options: argparse.Namespace) -> None:
     device, chosen = prepare(options)
     rates = machine.ceilings(device)
-    found, panels = [], []
+    found, rows = [], []
     for forward_only, kind in KINDS.items():
         part = measure(options, without_extras(chosen) if forward_only else chosen, device, forward_only)
         for points in common.by_curve(part).values():
             growth = slope(points)
             for m in points:
                 m.figures["bytes_a_pixel"] = growth
-        panels.append(
-            output.panel(kind, part, "megapixels", lambda m: m.work / 1e6, {"peak GiB": "peak_GiB"}),
-        )
+        rows.append((kind, part, "megapixels", lambda m: m.work / 1e6))
         found += part
     columns = {"peak GiB": "{peak_GiB:.3f}", "bytes/pixel": "{bytes_a_pixel:,.0f}"}
     header = machine.setting(options, device, rates)
     output.report(options, header, [output.table(f"peak memory ({device})", found, columns)], found)
     if options.plot:
-        output.draw(panels, f"Peak memory, {header['machine']}", options.plot)
+        output.draw(rows, {"peak GiB": "peak_GiB"}, f"Peak memory, {header['machine']}", options.plot)
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
@@ -163,20 +162,17 @@ def slope(points: list[Measurement]) -> float | None:
     return float(np.polyfit([m.work for m in points], [m.peak for m in points], 1)[0])
 
 
-def step_panels(found: list[Measurement], options: argparse.Namespace) -> list[Panel]:
+def plot_rows(found: list[Measurement], options: argparse.Namespace) -> list[Row]:
     """Plots over the area if sizes vary, over the batch if batches vary."""
-    panels, axes = [], {"milliseconds": "milliseconds", "peak GiB": "peak_GiB"}
+    rows = []
+    size, batch = options.sizes[0], options.batches[0]
     if len(options.sizes) > 1 or len(options.batches) == 1:
-        batch = options.batches[0]
         part = [m for m in found if m.what["batch"] == batch]
-        panels.append(
-            output.panel(f"batch {batch}", part, "megapixels of an image", lambda m: m.what["size"] ** 2 / 1e6, axes)
-        )
+        rows.append((f"batch {batch}", part, "megapixels of an image", lambda m: m.what["size"] ** 2 / 1e6))
     if len(options.batches) > 1:
-        size = options.sizes[0]
         part = [m for m in found if m.what["size"] == size]
-        panels.append(output.panel(f"{size} x {size}", part, "images at once", lambda m: m.what["batch"], axes))
-    return panels
+        rows.append((f"{size} x {size}", part, "images at once", lambda m: m.what["batch"]))
+    return rows
 
 
 def profile(options: argparse.Namespace, variant: Variant, device: str) -> None:
