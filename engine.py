@@ -113,7 +113,7 @@ class Engine:
             if verdict is Verdict.STEP:
                 means.add(terms, norm, sum(len(batch["name"]) for batch in group) * self.world.size)
             else:
-                progress.say(self._after_skip(verdict, norm.item()))
+                progress.log(self._after_skip(verdict, norm.item()))
             if due:
                 values = means.values(self.world, self.loaders.train.faults) | {"train/lr": self._rate()}
                 self.record.scalars(self.global_step, values | (self.norms.values() if self.norms else {}))

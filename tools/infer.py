@@ -94,7 +94,7 @@ def infer(options: Namespace) -> int:
                 done += 1
             except UserError as error:
                 failed += 1
-                progress.say(f"error: {error}")
+                progress.log(f"error: {error}")
             release_freed_memory()  # the next photograph may be of another size
             progress.step(f"{progress.done / (time.monotonic() - began):.2f} images/s")
         progress.close()

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every so often in a log."""
+"""Progress of long work: a bar on a terminal, a line every half minute in a log."""
 
 import sys
 import time
@@ -12,13 +12,13 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
-    """Counts steps of one piece of work.
+    """Counts the steps of a piece of work, and shows them.
 
     Args:
-        title: what the work is.
-        total: steps in all.
-        start: steps done already.
-        quiet: show nothing (all processes but one).
+        title: the name of the work.
+        total: the number of all steps.
+        start: the number of steps that are already done.
+        quiet: show nothing, as in all processes but the main one.
     """
 
     def __init__(self, title: str, total: int, start: int = 0, quiet: bool = False):
@@ -29,33 +29,33 @@ class Progress:
         if not quiet and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=start, desc=self.title, dynamic_ncols=True, leave=False)
 
-    def step(self, told: str = "") -> None:
-        """One step done; `told` is shown behind it."""
+    def step(self, message: str = "") -> None:
+        """Count a step; the message is shown after the count."""
         self.done += 1
         if self.bar is not None:
-            self.bar.set_postfix_str(told, refresh=False)
+            self.bar.set_postfix_str(message, refresh=False)
             self.bar.update()
             return
         now = time.monotonic()
         if not self.quiet and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
-            print(f"{self.title}: {self.done}/{self.total}, {_minutes(left)} left  {told}", flush=True)
+            print(f"{self.title}: {self.done}/{self.total}, {_minutes(left)} left  {message}", flush=True)
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
+    def log(self, text: str) -> None:
+        """Print a line of its own."""
         if not self.quiet:
             tqdm.write(text)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def track(items: Iterable, title: str, total: int, quiet: bool = False) -> Iterator:
-    """The items, with progress shown."""
+    """Yield the items, and show the progress."""
     progress = Progress(title, total, quiet=quiet)
     try:
         for item in items:

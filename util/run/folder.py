@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # finding the files of a run takes no torch
 
     from util.distributed import World
 
+EVENTS = "events.out.tfevents."
+"""The prefix of TensorBoard's files."""
+
 
 class RunFolder:
     """The folder of a run. `RunFolder(path)` only names its files; a training opens it with `RunFolder.open`.
@@ -95,7 +98,7 @@ class RunFolder:
         kept = range(every, epochs + 1, every)[-keep:] if every else ()
         sizes = {self.last: whole, self.previous: whole, self.best: weights}
         sizes |= ({self.good: whole} if options.guard else {}) | {self.epoch(number): whole for number in kept}
-        there = {found.st_ino: found.st_size for found in (path.stat() for path in sizes if path.exists())}
+        there = {status.st_ino: status.st_size for status in (path.stat() for path in sizes if path.exists())}
         if epochs:
             disk.require(self.path, sum(sizes.values()) + whole - sum(there.values()))
 
@@ -141,13 +144,15 @@ class RunFolder:
 
         def choose() -> tuple[Path, list[str]]:
             nonlocal state
-            state, path, messages = self._choose(options, weights, identity)
+            state, path, messages = self._choose_newest(options, weights, identity)
             return path, messages
 
         path, messages = world.from_main(choose)
         return checkpoint.load(path) if state is None else state, messages
 
-    def _choose(self, options: Namespace, weights: dict[str, Tensor], identity: dict) -> tuple[dict, Path, list[str]]:
+    def _choose_newest(
+        self, options: Namespace, weights: dict[str, Tensor], identity: dict
+    ) -> tuple[dict, Path, list[str]]:
         from util.run.resume import check_continuable, check_usable  # imports torch
 
         messages: list[str] = []

@@ -16,12 +16,11 @@ import yaml
 from util import tables
 from util.errors import UserError
 from util.published import AVERAGE
-from util.run.folder import RunFolder
+from util.run.folder import EVENTS, RunFolder
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 SCORES = METRICS[:2]
 
-_EVENTS = "events.out.tfevents.*"
 _HEAD = re.compile(r"# .*, started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), torch ([^\s,]+), (.+)")
 
 
@@ -104,7 +103,7 @@ class Run:
     @property
     def hours(self) -> float | None:
         """The time between the first and the last TensorBoard event of every start, summed; None without events."""
-        spans = [span for path in self.folder.glob(_EVENTS) if (span := _span(path)) is not None]
+        spans = [span for path in self.folder.glob(f"{EVENTS}*") if (span := _span(path)) is not None]
         return sum(spans) / 3600 if spans else None
 
     @property
@@ -128,7 +127,7 @@ def is_run(folder: Path) -> bool:
     """Whether a folder holds any file that a run writes."""
     files = RunFolder(folder)
     marks = (files.options, files.metrics, files.last, files.best)
-    return any(mark.is_file() for mark in marks) or next(folder.glob(_EVENTS), None) is not None
+    return any(mark.is_file() for mark in marks) or next(folder.glob(f"{EVENTS}*"), None) is not None
 
 
 def find_runs(folder: Path) -> list[Path]:

@@ -34,11 +34,10 @@ from util.distributed import World
 from util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
 from util.images import write_image
 from util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
-from util.run.folder import RunFolder
+from util.run.folder import EVENTS, RunFolder
 from util.run.reader import METRICS, read_metrics, read_run
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
-_EVENTS = "events.out.tfevents."
 _AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)
 
 
@@ -243,9 +242,9 @@ class _Events:
 
     def __init__(self, folder: Path, step: int):
         # TensorBoard reads the files by name; the clock may have been set back since the last one.
-        numbers = [int(part) for path in folder.glob(f"{_EVENTS}*") if (part := path.name.split(".")[3]).isdigit()]
+        numbers = [int(part) for path in folder.glob(f"{EVENTS}*") if (part := path.name.split(".")[3]).isdigit()]
         number = max([int(time.time()), *(number + 1 for number in numbers)])
-        self.path = folder / f"{_EVENTS}{number:010}.{socket.gethostname()}"
+        self.path = folder / f"{EVENTS}{number:010}.{socket.gethostname()}"
         with disk.writing(self.path):
             self._file = self.path.open("wb")
         self._writer = RecordWriter(self._file)
