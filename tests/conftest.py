@@ -1,21 +1,16 @@
 """What all tests share."""
 
 import os
-import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from data.demo import build_demo
-from tests.golden.fill import fill
 from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
 from tests.project import Project
 from util.images import read_image, write_image
 from util.stability import Guard
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items):
@@ -53,32 +48,6 @@ def quick_guard(monkeypatch):
     monkeypatch.setattr(Guard, "WINDOW", 4)
     monkeypatch.setattr(Guard, "PATIENCE", 2)
     monkeypatch.setattr(Guard, "MOST_RETURNS", 1)
-
-
-def children_seconds() -> float:
-    """The processor's time of all processes that have been started and have ended; other work doesn't add to it."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    """A file of golden numbers."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return dict(file)
-
-
-def published_state(shapes: dict[str, list[int]], prefix: str = "") -> dict[str, torch.Tensor]:
-    """The state dict that the golden numbers were computed with, under its published names."""
-    return {
-        name: torch.from_numpy(fill((prefix + name).replace("seq_r", "seq_l"), tuple(shape)))
-        for name, shape in shapes.items()
-    }
-
-
-def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    """Largest difference, over the largest expected value."""
-    actual = actual.detach().double().cpu().numpy()
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,30 @@
-"""What several test files share: runs of a few tiny steps, small data sets, and faults on demand."""
+"""What several test files share: tiny runs, faults on demand, small data sets and files, golden numbers."""
 
+import io
 import math
+import resource
 import subprocess
+import tarfile
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from data import build_train_loader, discover
 from models.losses import ReflectionLoss
 from options import parse_train
+from tests.golden.fill import fill
 from train_sirs import train
 from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/golden"
 PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
 
 # ---- runs ---------------------------------------------------------------------------------------------------------
@@ -156,3 +165,102 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         for key in ("mixture", "target_t", "target_r"):
             assert torch.equal(mine[key], other[key])
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def make_zip(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a ZIP archive with a folder and these files."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("sirs/", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_tar(path: Path, files: dict[str, bytes], *others: tarfile.TarInfo) -> Path:
+    """Write a compressed tar archive with a folder, these files and other members."""
+    with tarfile.open(path, "w:gz") as archive:
+        folder = tarfile.TarInfo("./")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in others:
+            archive.addfile(info)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+"""How a viewer turns each EXIF orientation: stored to upright pixels."""
+
+
+def exif_chunk(exif: Image.Exif) -> bytes:
+    """EXIF as a PNG holds it."""
+    content = b"eXIf" + exif.tobytes()[len(b"Exif\0\0") :]
+    return (len(content) - 4).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
+
+
+# ---- networks and numbers -------------------------------------------------------------------------------------------
+
+
+class Local(nn.Module):
+    """Stands in for a model: T is a 5x5 convolution of the image, R is the image itself, the residue a quarter of it.
+
+    Attributes:
+        seen: heights and widths of the images it got.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(3, 1, 5, 5) / 25)
+        self.seen: list[tuple[int, int]] = []
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> tuple[Tensor, ...]:
+        self.seen.append(tuple(image.shape[2:]))
+        padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
+        return F.conv2d(padded, self.kernel, groups=3), image, image / 4
+
+
+def children_seconds() -> float:
+    """The processor's time of all processes that have been started and have ended; other work doesn't add to it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """A file of golden numbers."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def published_state(shapes: dict[str, list[int]], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The state dict that the golden numbers were computed with, under its published names."""
+    return {
+        name: torch.from_numpy(fill((prefix + name).replace("seq_r", "seq_l"), tuple(shape)))
+        for name, shape in shapes.items()
+    }
+
+
+def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest difference, over the largest expected value."""
+    actual = actual.detach().double().cpu().numpy()
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

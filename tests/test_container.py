@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_runner import executable
+from tests.project import executable
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,12 +1,11 @@
 """Every kind of image file is read right, and what is no image is named."""
 
-import zlib
-
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import UPRIGHT, exif_chunk
 from util.errors import UserError
 from util.images import check_image, read_image, read_rgb, write_image
 
@@ -88,19 +87,6 @@ def test_sixteen_bits_are_kept(tmp_path, channels, suffix):
     assert_reads(tmp_path / f"a.{suffix}", colour / 65535)
 
 
-# What a viewer must do with each EXIF orientation, as a map from stored to upright pixels.
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a),
-}
-
-
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_orientation(tmp_path, pixels, orientation, suffix):
@@ -118,12 +104,6 @@ def test_orientation_of_a_plain_tiff_with_transparency(tmp_path, pixels):
     assert_reads(tmp_path / "a.tif", np.rot90(pixels, -1) / 255)
 
 
-def chunk(exif: Image.Exif) -> bytes:
-    """EXIF as a PNG holds it."""
-    content = b"eXIf" + exif.tobytes()[len(b"Exif\0\0") :]
-    return (len(content) - 4).to_bytes(4, "big") + content + zlib.crc32(content).to_bytes(4, "big")
-
-
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_orientation_of_sixteen_bits(tmp_path, pixels, orientation):
     deep = pixels.astype(np.uint16) * 257
@@ -131,7 +111,7 @@ def test_orientation_of_sixteen_bits(tmp_path, pixels, orientation):
     exif[0x0112] = orientation
     cv2.imwrite(str(tmp_path / "plain.png"), deep[..., ::-1])
     plain = (tmp_path / "plain.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(plain[:33] + chunk(exif) + plain[33:])  # behind signature and header
+    (tmp_path / "a.png").write_bytes(plain[:33] + exif_chunk(exif) + plain[33:])  # behind signature and header
     assert_reads(tmp_path / "a.png", UPRIGHT[orientation](pixels) / 255)
 
 
@@ -141,7 +121,7 @@ def test_orientation_behind_the_pixels(tmp_path, pixels):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "plain.png")
     plain = (tmp_path / "plain.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(plain[:-12] + chunk(exif) + plain[-12:])
+    (tmp_path / "a.png").write_bytes(plain[:-12] + exif_chunk(exif) + plain[-12:])
     assert_reads(tmp_path / "a.png", np.rot90(pixels, -1) / 255)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from models import separator as separators
 from models import tiles, weights
@@ -22,8 +21,7 @@ from models.separator import Separator, load_separator
 from models.weights import architecture_of
 from options import parse_infer
 from options.arguments import STRIDE
-from tests.conftest import GOLDEN, children_seconds, published_state
-from tests.test_images import UPRIGHT, chunk
+from tests.helpers import GOLDEN, UPRIGHT, Local, children_seconds, exif_chunk, published_state
 from tools import infer
 from util import photographs, program
 from util.errors import UserError
@@ -38,25 +36,6 @@ def pixels() -> np.ndarray:
     """uint8 (24, 40, 3), smooth, different in every corner and channel."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     return np.stack([x * 6, y * 10, 240 - x * 3 - y * 4], -1).astype(np.uint8)
-
-
-class Local(nn.Module):
-    """Stands in for a model: T is a 5x5 convolution of the image, R the image itself, the residue a quarter of it.
-
-    Attributes:
-        seen: heights and widths of what came.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.rand(3, 1, 5, 5) / 25)
-        self.seen: list[tuple[int, int]] = []
-
-    @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, ...]:
-        self.seen.append(tuple(image.shape[2:]))
-        padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
-        return F.conv2d(padded, self.kernel, groups=3), image, image / 4
 
 
 class Drifting(Local):
@@ -387,7 +366,7 @@ def test_sixteen_bits_are_turned_and_keep_what_they_say(tmp_path, pixels, stand_
     if kind == "png":
         cv2.imwrite(str(tmp_path / "plain.png"), deep[..., ::-1])
         plain = (tmp_path / "plain.png").read_bytes()
-        (tmp_path / "a.png").write_bytes(plain[:33] + chunk(exif) + plain[33:])
+        (tmp_path / "a.png").write_bytes(plain[:33] + exif_chunk(exif) + plain[33:])
     else:
         told = photographs.Photograph(deep, exif=exif.tobytes())
         photographs.write_photograph(tmp_path / "a.tif", deep, told, "tiff")

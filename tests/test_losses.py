@@ -7,8 +7,8 @@ from torch import nn
 from models import losses, vgg
 from models.losses import ReflectionLoss
 from models.vgg import Vgg19
-from tests.conftest import golden, relative_error
 from tests.golden.fill import fill, image
+from tests.helpers import golden, relative_error
 from util.errors import UserError
 
 

@@ -17,8 +17,8 @@ from models.losses import ReflectionLoss
 from models.vgg import Vgg19
 from models.weights import load_weights, translate
 from options import parse_train
-from tests.conftest import GOLDEN, golden, published_state, relative_error
 from tests.golden.fill import fill, image, pyramid, rng
+from tests.helpers import GOLDEN, golden, published_state, relative_error
 from tools.inspection.costs import costs, kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())

@@ -13,7 +13,7 @@ from options import as_text, parse_train
 from options.arguments import roles, train_parser
 from options.config import RECORDED
 from options.parser import Role
-from tests.conftest import children_seconds
+from tests.helpers import children_seconds
 
 ROOT = Path(__file__).parent.parent
 

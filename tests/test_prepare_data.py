@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import re
 import stat
@@ -17,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data.folders import PHOTOGRAPHS
+from tests.helpers import contents, make_tar, make_zip
 from tools import prepare_data
 from tools.preparation import download
 from util import program
@@ -112,32 +112,6 @@ def test_check_of_nothing(tmp_path, capsys):
 # ---- unpack -----------------------------------------------------------------------------------------------------
 
 FILES = {"sirs/train/real/blended/1.png": b"one" * 1000, "sirs/test/readme.txt": b"", "sirs/test/ü ö/2.png": b"two"}
-
-
-def make_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("sirs/", "")
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def make_tar(path: Path, files: dict[str, bytes], *others: tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        folder = tarfile.TarInfo("./")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        for info in others:
-            archive.addfile(info)
-    return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(("make", "name"), [(make_zip, "a.zip"), (make_tar, "a.tar.gz")])

@@ -9,7 +9,7 @@ import torch
 from models.arch import create_model
 from models.weights import load_weights
 from options import PRETRAINED
-from tests.conftest import GOLDEN, published_state
+from tests.helpers import GOLDEN, published_state
 from tools import export
 from util import program
 from util.errors import UserError

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from options import parse_train
-from tests.test_prepare_data import contents, make_tar, make_zip
+from tests.helpers import contents, make_tar, make_zip
 from tests.test_report import COMMENT, embedded, make
 from tools import app
 from tools.preparation import archive

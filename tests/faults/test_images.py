@@ -16,8 +16,7 @@ from data import discover
 from models.separator import Separator
 from options import parse_train
 from tests.faults.pictures import BOMBS, picture, png_of, ppm_of
-from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
-from tests.test_infer import Local
+from tests.helpers import PHOTOGRAPHS, Local, write_noise, write_pairs
 from tools import infer, prepare_data
 from util.errors import UserError
 from util.images import check_image, opened, read_image, read_rgb
