@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,13 @@ def quick_guard(monkeypatch):
     monkeypatch.setattr(Guard, "WINDOW", 4)
     monkeypatch.setattr(Guard, "PATIENCE", 2)
     monkeypatch.setattr(Guard, "MOST_RETURNS", 1)
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    """uint8 (24, 40, 3), smooth, different in every corner and channel."""
+    y, x = np.mgrid[:24, :40]
+    return np.stack([x * 6, y * 10, 240 - x * 3 - y * 4], -1).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """What several test files share: tiny runs, faults on demand, small data sets and files, golden numbers."""
 
 import io
+import json
 import math
+import re
 import resource
 import subprocess
 import tarfile
@@ -20,7 +22,9 @@ from data import build_train_loader, discover
 from models.losses import ReflectionLoss
 from options import parse_train
 from tests.golden.fill import fill
+from tools import report
 from train_sirs import train
+from util import program
 from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,3 +268,29 @@ def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
     """Largest difference, over the largest expected value."""
     actual = actual.detach().double().cpu().numpy()
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+
+
+def errors(capsys) -> str:
+    """What was said on stderr, one line."""
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error:") and "\n" not in said
+    return said
+
+
+# ---- report -----------------------------------------------------------------------------------------------------
+
+COMMENT = "</script><script>alert(1)</script> <!-- \u2028 & ' \" -->"
+
+
+def make_page(folder: Path, output: Path, *arguments: str) -> str:
+    """The page's text."""
+    assert program.run(report.main, [str(folder), "-o", str(output), "--gpu_ids", "-1", *arguments]) == 0
+    return output.read_text(encoding="utf-8")
+
+
+def embedded(page: str, name: str) -> dict:
+    """What a script element of data holds, as a browser finds it: up to the first end tag."""
+    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script', page, re.DOTALL)[1])

@@ -1,10 +1,8 @@
 """Photographs of any size and kind through tools/infer.py."""
 
 import functools
-import json
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -12,39 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
-from torch import Tensor
 
-from models import separator as separators
-from models import tiles, weights
-from models.arch import create_model, list_models
 from models.separator import Separator, load_separator
-from models.weights import architecture_of
-from options import parse_infer
-from options.arguments import STRIDE
-from tests.helpers import GOLDEN, UPRIGHT, Local, children_seconds, exif_chunk, published_state
+from options import PRETRAINED, parse_infer
+from tests.helpers import UPRIGHT, Local, children_seconds, exif_chunk
 from tools import infer
 from util import photographs, program
-from util.errors import UserError
 from util.photographs import read_photograph
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 40, 24
-
-
-@pytest.fixture
-def pixels() -> np.ndarray:
-    """uint8 (24, 40, 3), smooth, different in every corner and channel."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    return np.stack([x * 6, y * 10, 240 - x * 3 - y * 4], -1).astype(np.uint8)
-
-
-class Drifting(Local):
-    """Every call's result is brighter than the last one's, as a network's is that looks at the whole tile."""
-
-    @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, ...]:
-        self.seen.append(tuple(image.shape[2:]))
-        return (torch.full_like(image, float(len(self.seen) % 2)),) * 3
 
 
 @pytest.fixture
@@ -57,207 +32,16 @@ def stand_in(monkeypatch) -> Local:
     return model
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A checkpoint of dsrnet_s as a training leaves it, with random weights."""
-    path = tmp_path_factory.mktemp("weights") / "best.pt"
-    torch.manual_seed(0)
-    state = create_model("dsrnet_s").state_dict()
-    average = {name: value * 1.01 for name, value in state.items()}
-    recorded = {"inet": "dsrnet_s", "vgg_weights": "random"}
-    content = {"format": 1, "inet": "dsrnet_s", "options": recorded, "epoch": 3, "network": state, "ema": average}
-    torch.save(content, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def real(trained) -> Separator:
-    return load_separator(trained, gpu_ids=[], precision="fp32", tile=64)
-
-
-def test_precision_is_that_of_the_training(trained, tmp_path):
-    content = torch.load(trained)
-    content["options"]["precision"] = "bf16"
-    torch.save(content, tmp_path / "bf16.pt")
-    assert not load_separator(trained, gpu_ids=[]).model.bf16, "nothing is said"
-    assert load_separator(tmp_path / "bf16.pt", gpu_ids=[]).model.bf16
-    assert not load_separator(tmp_path / "bf16.pt", gpu_ids=[], precision="fp32").model.bf16
-
-
 def run(tmp_path: Path, *arguments: object) -> int:
     (tmp_path / "weights.pt").touch()
     return program.run(infer.main, ["--checkpoint", str(tmp_path / "weights.pt"), *map(str, arguments)])
 
 
-# ---- tiles ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(32, 16), (64, 16), (96, 48), (1024, 256)])
-def test_tiles_cover_everything_and_their_weights_sum_to_one(tile, overlap):
-    for length in [*range(1, 400), 1025, 9000, 12000]:
-        spans = tiles.spans(length, tile, overlap)
-        assert spans[0][0] == 0 and spans[-1][1] == length
-        assert all(end - start <= tile and start % STRIDE == 0 for start, end in spans)
-        assert all(end - following >= min(overlap, tile) for (_, end), (following, _) in pairwise(spans))
-        total = np.zeros(length)
-        for (start, end), weight in zip(spans, tiles.weights(spans), strict=True):
-            assert weight.shape == (end - start,) and weight.min() >= 0
-            total[start:end] += weight
-        np.testing.assert_allclose(total, 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 200), (131, 1), (64, 64), (65, 64), (201, 137)])
-def test_tiled_is_whole_for_a_local_network(size):
-    """But for the rounding of float32: what a tile lacks of its surroundings has no weight."""
-    image = np.random.default_rng(0).random((*size, 3), dtype=np.float32)
-    model = Local()
-    tiled = Separator(model, tile=64, overlap=32).separate(image)
-    assert max(max(shape) for shape in model.seen) <= 64
-    whole = Separator(model, tile=1024).separate(image)
-    for part in separators.PARTS:
-        assert getattr(tiled, part).dtype == np.float32
-        np.testing.assert_allclose(getattr(tiled, part), getattr(whole, part), atol=1e-6)
-
-
-def test_tiles_that_differ_fade_into_each_other():
-    """The worst case: neighbours are 0 and 1. No step is larger than the steepest of a half cosine."""
-    image = np.zeros((60, 500, 3), np.uint8)
-    model = Drifting()
-    t = Separator(model, tile=128, overlap=64).separate(image).transmission[30, :, 0]
-    assert len(model.seen) > 3 and t.min() < 1e-6 and t.max() > 1 - 1e-6
-    assert np.abs(np.diff(t)).max() < np.pi / 2 / (0.75 * 64) * 1.01
-    assert np.abs(np.diff(t, 2)).max() < 0.003, "no kinks"
-
-
-def test_memory_is_a_band_of_tiles_whatever_the_height():
-    image = np.broadcast_to(np.uint8(100), (3000, 80, 3))
-    model = Local()
-    shapes = []
-    for _, (band,) in Separator(model, tile=64, overlap=16).bands(image, ["reflection"]):
-        shapes.append(band.base.shape)
-    assert len(shapes) > 50 and set(shapes) == {(64, 80, 3)}, "one band is held, of the wanted part only"
-    assert max(max(size) for size in model.seen) <= 64
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
-def test_arrays_of_any_type(pixels, dtype):
-    peak = 1 if np.issubdtype(dtype, np.floating) else np.iinfo(dtype).max
-    image = (pixels / 255 * peak).astype(dtype)
-    result = Separator(Local(), tile=64).separate(image)
-    np.testing.assert_allclose(result.reflection, image.astype(np.float64) / peak, atol=1e-7)
-
-
-@pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.zeros((4, 4, 4)), np.zeros((4, 4, 3), int), np.zeros((0, 4, 3))])
-def test_what_is_no_image_is_refused(bad):
-    with pytest.raises(ValueError, match="an image must be"):
-        Separator(Local(), tile=64).separate(bad)
-
-
-def test_tiles_are_as_large_as_the_memory_allows(real, monkeypatch):
-    def tile(memory: int) -> int:
-        monkeypatch.setattr(separators, "available_memory", lambda device: memory)
-        return separators.default_tile(real.model, torch.device("cpu"))
-
-    sides = [tile(gigabytes * 2**30) for gigabytes in (0, 4, 16, 400)]
-    assert sides == sorted(sides) and sides[0] == 128 and sides[1] < sides[2] < sides[3] == 1024
-    assert all(side % 16 == 0 for side in sides)
-
-
-def test_memory_that_runs_out_is_told(monkeypatch):
-    def fail(image):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model = Local()
-    monkeypatch.setattr(model, "predict", fail)
-    with pytest.raises(UserError, match="--tile 32 or less"):
-        Separator(model, tile=64).separate(np.zeros((64, 64, 3)))
-
-
-# ---- networks ---------------------------------------------------------------------------------------------------
-
-
-def test_whole_image_is_the_models_prediction(real, pixels):
-    image = torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)[None]
-    for part, expected in zip(separators.PARTS, real.model.predict(image), strict=True):
-        np.testing.assert_array_equal(getattr(real.separate(pixels), part), expected[0].permute(1, 2, 0))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (17, 3), (70, 20)])
-def test_real_network_at_any_size(real, size):
-    result = real.separate(np.full((*size, 3), 100, np.uint8))
-    for part in separators.PARTS:
-        assert getattr(result, part).shape == (*size, 3) and np.isfinite(getattr(result, part)).all()
-
-
-def test_self_ensemble_is_the_mean_of_eight(real, pixels):
-    pixels = pixels[:10, :20]
-    ensemble = Separator(real.model, tile=64, self_ensemble=True).separate(pixels)
-    for part in separators.PARTS:
-        parts = []
-        for turns in range(4):
-            turned = np.rot90(pixels, turns)
-            parts.append(np.rot90(getattr(real.separate(turned), part), -turns))
-            parts.append(np.rot90(getattr(real.separate(turned[:, ::-1]), part)[:, ::-1], -turns))
-        np.testing.assert_allclose(getattr(ensemble, part), np.mean(parts, 0), atol=1e-6)
-
-
-def test_checkpoint_says_what_it_is(real, trained):
-    assert (real.inet, real.epoch) == ("dsrnet_s", 3)
-    network = real.model.network.state_dict()
-    average = torch.load(trained, weights_only=True)["ema"]
-    assert all(torch.equal(network[name], value) for name, value in average.items()), "the moving average is taken"
-
-
-def test_vgg_of_the_training_must_be_there(trained, tmp_path):
-    content = torch.load(trained, weights_only=True)
-    content["options"] = {"vgg_weights": "/nowhere/vgg19.pth"}
-    torch.save(content, tmp_path / "moved.pt")
-    with pytest.raises(UserError, match=r"moved\.pt.*/nowhere/vgg19\.pth.*--vgg_weights"):
-        load_separator(tmp_path / "moved.pt", gpu_ids=[])
-    assert load_separator(tmp_path / "moved.pt", vgg_weights="random", gpu_ids=[], tile=64).inet == "dsrnet_s"
-
-
-def test_architecture_is_found_by_the_published_parameters():
-    shapes = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
-    for name in ("dsrnet_s", "mdsrnet_l"):
-        state = {key: torch.zeros(()).expand(shape) for key, shape in shapes[name].items() if "seq_r" not in key}
-        assert architecture_of({"icnn": state}, "x.pt") == name
-
-
-def test_every_architecture_is_found_and_unique():
-    for name in set(list_models()) - {"dsrnet_frozen_stem_xs"}:  # has dsrnet_xs's parameters
-        state = {key: torch.zeros(()).expand(shape) for key, shape in weights._shapes(name).items()}
-        assert architecture_of({"network": state}, "x.pt") == name
-
-
-def test_foreign_weights_are_named(tmp_path):
-    torch.save({"weight": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other\.pt: its 1 parameters .* --inet"):
-        load_separator(tmp_path / "other.pt", gpu_ids=[])
-    with pytest.raises(UserError, match=r"other\.pt: .*left over: conv\.weight"):
-        load_separator(tmp_path / "other.pt", inet="dsrnet_s", gpu_ids=[])
-    with pytest.raises(UserError, match="--inet dsrnet_xxl"):
-        load_separator(tmp_path / "other.pt", inet="dsrnet_xxl", gpu_ids=[])
-
-
-def test_published_checkpoint(tmp_path):
-    shapes = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["dsrnet_s"]
-    torch.save({"icnn": published_state(shapes), "epoch": 18}, tmp_path / "published.pt")
-    separator = load_separator(tmp_path / "published.pt", vgg_weights="random", gpu_ids=[], tile=64)
-    assert (separator.inet, separator.epoch) == ("dsrnet_s", 18)
-
-
-def test_networks_with_their_own_stem_need_no_vgg(tmp_path, pixels):
-    network = create_model("dsrnet_xs")
-    torch.save({"inet": "dsrnet_xs", "network": network.state_dict()}, tmp_path / "xs.pt")
-    separator = load_separator(tmp_path / "xs.pt", gpu_ids=[])
-    assert separator.model.vgg is None
-    assert separator.separate(pixels).transmission.shape == pixels.shape
-
-
-def test_from_python(trained, pixels, real):
-    result = infer.remove_reflection(pixels, trained, gpu_ids=[], precision="fp32", tile=64)
-    np.testing.assert_array_equal(result.transmission, real.separate(pixels).transmission)
+def test_from_python(pixels):
+    settings = {"gpu_ids": [], "precision": "fp32", "tile": 64}
+    result = infer.remove_reflection(pixels, PRETRAINED, **settings)
+    expected = load_separator(PRETRAINED, **settings).separate(pixels)
+    np.testing.assert_array_equal(result.transmission, expected.transmission)
     assert infer.load_separator is load_separator
     with pytest.raises(AttributeError):
         _ = infer.nonsense
@@ -485,13 +269,14 @@ def test_paths_that_lead_nowhere(tmp_path, stand_in, capsys):
         assert told in capsys.readouterr().err
 
 
-def test_the_whole_program(tmp_path, pixels, trained, real):
+def test_the_whole_program(tmp_path, pixels):
+    """With the bundled weights."""
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    command = [sys.executable, "tools/infer.py", tmp_path / "a.png", "--checkpoint", trained, "--gpu_ids", "-1"]
+    command = [sys.executable, "tools/infer.py", tmp_path / "a.png", "--gpu_ids", "-1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "dsrnet_s on cpu" in done.stdout and "images/s" in done.stdout
+    assert "dsrnet_xs on cpu" in done.stdout and "images/s" in done.stdout
     made = np.asarray(Image.open(tmp_path / "a_t.png")).astype(int)
-    expected = np.clip(real.separate(pixels).transmission, 0, 1) * 255
+    expected = np.clip(load_separator(PRETRAINED, gpu_ids=[]).separate(pixels).transmission, 0, 1) * 255
     assert np.abs(made - expected).max() <= 0.51
 
 

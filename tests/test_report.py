@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import COMMENT, embedded, make_page
 from tools import report
 from tools.reports.page import TEMPLATES, data_uri
 from tools.reports.pictures import Shown
@@ -26,7 +27,6 @@ from util.run.reader import read_metrics, read_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NAME = "<img src=x onerror=alert(1)>"
-COMMENT = "</script><script>alert(1)</script> <!-- \u2028 & ' \" -->"
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +56,10 @@ def finished(tiny_data, tmp_path_factory) -> Path:
     return folder
 
 
-def make(folder: Path, output: Path, *arguments: str) -> str:
-    """The page's text."""
-    assert program.run(report.main, [str(folder), "-o", str(output), "--gpu_ids", "-1", *arguments]) == 0
-    return output.read_text(encoding="utf-8")
-
-
-def embedded(page: str, name: str) -> dict:
-    """What a script element of data holds, as a browser finds it: up to the first end tag."""
-    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script', page, re.DOTALL)[1])
-
-
 @pytest.fixture(scope="module")
 def page(finished, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    make(finished, path, "--pictures", "weights", "--checkpoint", str(finished / "last.pt"))
+    make_page(finished, path, "--pictures", "weights", "--checkpoint", str(finished / "last.pt"))
     return path
 
 
@@ -95,7 +84,7 @@ def test_every_test_image_has_the_figures_of_its_evaluation(finished, page):
 
 def test_saved_pictures_are_those_of_the_last_evaluation(finished, page, tmp_path):
     computed = embedded(page.read_text(), "data")["images"]
-    text = make(finished, tmp_path / "page.html", "--pictures", "saved")
+    text = make_page(finished, tmp_path / "page.html", "--pictures", "saved")
     saved = embedded(text, "data")["images"]
     assert "images/, epoch 2" in text
     for a, b in zip(computed, saved, strict=True):
@@ -107,12 +96,12 @@ def test_auto_takes_saved_pictures_only_of_the_right_epoch(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     best = read_run(folder).best_epoch("val")
-    text = make(folder, tmp_path / "a.html")
+    text = make_page(folder, tmp_path / "a.html")
     assert ("images/, epoch 2" if best == 2 else f"best.pt, epoch {best}") in text
-    assert "last.pt, epoch 2" in make(folder, tmp_path / "b.html", "--checkpoint", str(folder / "last.pt"))
+    assert "last.pt, epoch 2" in make_page(folder, tmp_path / "b.html", "--checkpoint", str(folder / "last.pt"))
     for path in folder.glob("*.pt"):
         path.unlink()
-    assert "images/, epoch 2" in make(folder, tmp_path / "c.html"), "without weights there are only the saved ones"
+    assert "images/, epoch 2" in make_page(folder, tmp_path / "c.html"), "without weights there are only the saved ones"
 
 
 def test_tables_and_curves_are_the_records(finished, page):
@@ -166,7 +155,7 @@ def test_pictures_are_small_and_not_distorted():
 
 
 def test_pictures_keep_to_the_side_that_is_asked_for(finished, tmp_path):
-    text = make(finished, tmp_path / "page.html", "--pictures", "saved", "--max_side", "26")
+    text = make_page(finished, tmp_path / "page.html", "--pictures", "saved", "--max_side", "26")
     sizes = {
         kind: Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
         for kind, uri in embedded(text, "picture0").items()
@@ -179,7 +168,7 @@ def test_a_damaged_run_still_has_a_page(finished, tmp_path):
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("*.pt", "events*", "images"))
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "st')
     (folder / "events.out.tfevents.1").write_bytes(b"no events")
-    text = make(folder, tmp_path / "page.html", "--pictures", "none")
+    text = make_page(folder, tmp_path / "page.html", "--pictures", "none")
     assert "Nothing has been evaluated" in text and "1 of 1 lines" in text
     assert embedded(text, "data") == {"charts": [], "images": []}
 

@@ -16,8 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from options import parse_train
-from tests.helpers import contents, make_tar, make_zip
-from tests.test_report import COMMENT, embedded, make
+from tests.helpers import COMMENT, contents, embedded, make_page, make_tar, make_zip
 from tools import app
 from tools.preparation import archive
 from util.errors import UserError
@@ -120,7 +119,7 @@ def test_names_of_sets_and_options_become_text(tmp_path):
     record.evaluation(1, 1, name, [{"name": "a", "model": scores, "input": scores}], 1.0)
     record.averages(1, 1)
     record.close()
-    page = make(run, tmp_path / "page.html", "--pictures", "none")
+    page = make_page(run, tmp_path / "page.html", "--pictures", "none")
     assert "<script>alert" not in page and page.count("<script") == page.count("</script") == 2
     series = [entry["name"] for chart in embedded(page, "data")["charts"] for entry in chart["series"]]
     assert name in series
