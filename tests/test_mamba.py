@@ -170,9 +170,9 @@ def test_autocast(monkeypatch):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-@pytest.mark.parametrize("order", DIRECTIONS)
-def test_compiles_into_one_graph(order):
-    layer = filled(ImageMamba(16, order))
+def test_compiles_into_one_graph():
+    """With all four directions, of which the other orders have the first or the first two."""
+    layer = filled(ImageMamba(16, "cross"))
     x = torch.randn(1, 16, 4, 5)
     expected = layer(x)
     expected.sum().backward()

@@ -49,11 +49,14 @@ def fill_published(module: torch.nn.Module, names: list[str], prefix: str = "") 
 
 def tiny(**settings) -> DSRNet:
     """A small network whose residual steps do something."""
-    net = DSRNet(16, (1, 1), 1, (1, 1), **{"split": True, **settings})
-    for name, parameter in net.named_parameters():
+    return with_scales(DSRNet(16, (1, 1), 1, (1, 1), **{"split": True, **settings}))
+
+
+def with_scales(net: torch.nn.Module) -> torch.nn.Module:
+    """The network with random residual scales, which a fresh one has at 0."""
+    for parameter in net.parameters():
         if parameter.shape[2:] == (1, 1) and parameter.shape[0] == 1:
             torch.nn.init.normal_(parameter, std=0.3)
-        assert name
     return net
 
 
@@ -67,8 +70,9 @@ def test_network_equals_published_one(name):
     model, size = name.rsplit("_", 1)
     height, width = map(int, size.split("x"))
     expected = golden(f"network_{name}")
-    net = create_model(model)
-    load_weights(net, published_state(SHAPES[model]))
+    with torch.device("meta"):  # without drawing weights that are replaced at once
+        net = create_model(model)
+    load_weights(net.to_empty(device="cpu"), published_state(SHAPES[model]))
     mixture, features = inputs(height, width, len(expected["t"]))
     outputs = net(mixture, features)
     for key, output in zip(("t", "r", "rr"), outputs, strict=True):
@@ -169,7 +173,8 @@ def test_trains_without_vgg(tmp_path):
 
 def test_every_published_parameter_has_a_place():
     for name in PARAMETERS:
-        net = create_model(name)
+        with torch.device("meta"):
+            net = create_model(name)
         assert {translate(n) for n in SHAPES[name]} == set(net.state_dict())
 
 
@@ -261,6 +266,18 @@ def test_keeps_less_for_the_backward_pass_than_the_plain_network():
     assert ours < 0.6 * bytes_kept(net, lambda: plain_forward(net, mixture, features))
 
 
+def few_blocks() -> DSRNet:
+    """A network with all parts, but only a block of each kind that DSRNet and M2DSRNet have: MuGI, MuGIM2 and NAF."""
+    net = DSRNet(
+        *(16, (1,), 1, (0,)),
+        split=True,
+        block=lambda channels, split: (MuGI if channels == 16 else MuGIM2)(channels, split),
+        pyramid_block=lambda channels, split: torch.nn.Identity(),
+        residue=(1, 1),
+    )
+    return with_scales(net)
+
+
 def step_model(net: DSRNet, bf16: bool) -> tuple[DSRNetModel, list[torch.Tensor]]:
     """All that a training step needs, and a batch for it."""
     vgg = Vgg19("random")
@@ -275,18 +292,37 @@ def losses_and_gradients(model, batch) -> tuple[dict[str, float], dict[str, torc
     return {k: v.item() for k, v in terms.items()}, {k: p.grad.clone() for k, p in model.network.named_parameters()}
 
 
-@pytest.mark.parametrize(("block", "bf16"), [(MuGI, False), (MuGIM2, True)])
-def test_the_whole_step_is_one_graph(block, bf16):
-    """Traced without a break, with the same results; without the compiler's code, which takes minutes to make."""
-    model, batch = step_model(tiny(block=block), bf16)
+@pytest.mark.parametrize(("bf16", "backend"), [(True, "aot_eager"), (False, "eager")])
+def test_the_whole_step_is_one_graph(bf16, backend):
+    """Traced without a break, with the same results; without the compiler's code, which takes minutes to make.
+
+    The backend "aot_eager" also traces the backward pass.
+    """
+    model, batch = step_model(few_blocks(), bf16)
     losses, gradients = losses_and_gradients(model, batch)
     torch._dynamo.reset()
-    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    model.compile(fullgraph=True, dynamic=False, backend=backend)
     found, others = losses_and_gradients(model, batch)
     precision = 2e-2 if bf16 else 1e-4  # bf16's 8 bits, rounded at other places
     assert found == pytest.approx(losses, rel=precision)
     for name, gradient in gradients.items():
         assert (others[name] - gradient).norm() <= 5 * precision * gradient.norm() + 1e-7, name
+
+
+def test_every_block_is_one_graph():
+    """All kinds of blocks, one after the other, forward and backward in fp32."""
+    net = with_scales(torch.nn.Sequential(*(block(16) for block in (MuGI, NAF, MuGIM2, MuGIM, MuGIMG))))
+    x = normal("x", (2, 16, 8, 8)).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    results = []
+    for run in (net, torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager")):
+        net.zero_grad()
+        y = run(x)
+        y.square().mean().backward()
+        results.append((y.detach(), [p.grad.clone() for p in net.parameters()]))
+    torch.testing.assert_close(*(y for y, _ in results), rtol=1e-5, atol=1e-5)
+    for plain, compiled in zip(*(gradients for _, gradients in results), strict=True):
+        assert (compiled - plain).norm() <= 1e-4 * plain.norm() + 1e-7
 
 
 @pytest.mark.slow
