@@ -158,6 +158,14 @@ def test_unpack_refuses_bombs(make, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
 
 
+def test_unpack_gives_no_rights(tmp_path, capsys):
+    info = tarfile.TarInfo("tool")
+    info.mode = 0o6777
+    archive = make_tar(tmp_path / "a.tar.gz", {}, info)
+    assert program.run(prepare_data.main, ["unpack", str(archive), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/tool").stat().st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_IWGRP | stat.S_IWOTH) == 0
+
+
 def test_unpack_tells_damage(tmp_path, capsys):
     whole = make_zip(tmp_path / "a.zip", {"x": np.random.default_rng(0).bytes(5000)}).read_bytes()
     (tmp_path / "bent.zip").write_bytes(whole[:2000] + b"\0\0\0\0" + whole[2004:])
