@@ -1,4 +1,4 @@
-"""A trained network, ready for photographs of any size: what the programs that only use networks load."""
+"""A trained network, ready for photographs of any size. Programs that use a network without training it load this."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +22,9 @@ from util.run.checkpoint import load
 
 PARTS = ("transmission", "reflection", "residue")
 
-# Memory that a forward pass takes for every pixel, in bytes, in fp32 and in bf16, with freed memory kept: rounded up
-# from what it is on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s 6,700, dsrnet_l
-# 6,400).
+# Memory that a forward pass takes for every pixel, in bytes, in fp32 and in bf16, including freed memory that torch
+# keeps. Rounded up from measurements on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s
+# 6,700, dsrnet_l 6,400).
 _BYTES_PER_PIXEL = (18_500, 7_000)
 _SHARE = 0.5  # of the free memory that is used
 _LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
@@ -33,7 +33,7 @@ _USUAL_OVERLAP = 128  # pixels; with more, results come no closer to those of th
 
 @dataclass(frozen=True)
 class Separation:
-    """What an image is the sum of, float32 (H, W, 3) each, not clipped.
+    """The three parts whose sum an image is, float32 (H, W, 3) each, not clipped.
 
     Attributes:
         transmission, reflection: around 0..1.
@@ -46,21 +46,21 @@ class Separation:
 
 
 class Separator:
-    """Separates images of any size; larger ones than a tile in tiles that are blended (see `models.tiles`).
+    """Separates images of any size; an image larger than a tile in tiles that are blended (see `models.tiles`).
 
     Args:
-        model: with the weights it is to use, on the device where it is to run.
-        tile: side of the tiles, a multiple of 16; None takes what the free memory is enough for.
+        model: with its trained weights, on the device where it runs.
+        tile: side of the tiles, a multiple of 16; None takes the largest for which the free memory is enough.
         overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes 128, but not more
             than a quarter of a tile.
-        self_ensemble: separate in all eight flips and rotations and take the mean.
+        self_ensemble: separate all eight flips and rotations of the image and take the mean.
 
     Attributes:
-        inet: the network's name, where `load_separator` has made this.
-        epoch: of the training, as the checkpoint says it, or None.
+        inet: the network's name, if `load_separator` has made this separator.
+        epoch: the training's epoch that the checkpoint states, or None.
 
     Raises:
-        UserError: tile or overlap are other than that.
+        UserError: tile or overlap is not allowed.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Separator:
             image: RGB (H, W, 3), uint8, uint16, or floating point in 0..1.
 
         Raises:
-            ValueError: it isn't such an array.
+            ValueError: the image is not such an array.
             UserError: the memory is not enough for a tile.
         """
         parts = [np.empty(image.shape, np.float32) for _ in PARTS]
@@ -102,7 +102,7 @@ class Separator:
         return Separation(*parts)
 
     def predict(self, images: Tensor) -> tuple[Tensor, ...]:
-        """As `separate`, of (B, 3, H, W) in 0..1 on the CPU: transmissions, reflections and residues of that shape."""
+        """Separate (B, 3, H, W) in 0..1 on the CPU into transmissions, reflections and residues of that shape."""
         separations = [self.separate(image.permute(1, 2, 0).numpy()) for image in images]
         return tuple(
             torch.from_numpy(np.stack([getattr(each, part) for each in separations])).permute(0, 3, 1, 2)
@@ -115,24 +115,27 @@ class Separator:
         wanted: Sequence[str] = PARTS,
         watch: Callable[[Iterable, int], Iterable] = lambda places, total: places,
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """As `separate`, band by band from top to bottom, so that no part is ever held as a whole.
+        """Separate an image band by band from top to bottom, so that no part is ever in memory as a whole.
 
         Args:
             image: as of `separate`.
             wanted: of PARTS.
-            watch: as of `models.tiles.blend`, which also says what is yielded.
+            watch: as of `models.tiles.blend`.
+
+        Yields:
+            As `models.tiles.blend`.
         """
         _check(image)
         indices = [PARTS.index(part) for part in wanted]
 
-        def separate(tile: np.ndarray) -> list[np.ndarray]:
+        def separate_tile(tile: np.ndarray) -> list[np.ndarray]:
             outputs = self._separate(_to_tensor(tile, self.device))
             return [outputs[index][0].permute(1, 2, 0).cpu().numpy() for index in indices]
 
-        return tiles.blend(image, separate, self.tile, self.overlap, watch)
+        return tiles.blend(image, separate_tile, self.tile, self.overlap, watch)
 
     def _separate(self, image: Tensor) -> Sequence[Tensor]:
-        """(1, 3, H, W) to three of them."""
+        """(1, 3, H, W) -> the three parts, of the same shape."""
         height, width = image.shape[-2:]
         smaller = max(STRIDE, max(height, width) // 2 // STRIDE * STRIDE)
         with enough_memory(
@@ -151,20 +154,20 @@ def load_separator(
     overlap: int | None = None,
     self_ensemble: bool = False,
 ) -> Separator:
-    """A checkpoint, published or own, ready for use; of one of ours the moving average where there is one.
+    """Load a checkpoint, published or our own, for use; of our own the moving average, if there is one.
 
     Args:
         checkpoint: the file.
-        inet: the network; None takes what the checkpoint says or, where it says nothing, the one whose parameters it
-            has.
-        vgg_weights: as of `models.vgg.Vgg19`; None takes those of the training, "imagenet" where nothing is said.
+        inet: the network; None takes the name in the checkpoint or, if there is none, the network with the same
+            parameters.
+        vgg_weights: as of `models.vgg.Vgg19`; None takes those of the training, "imagenet" if they are not recorded.
         precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively; None takes that of the
-            training, "fp32" where nothing is said.
+            training, "fp32" if it is not recorded.
         gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
         tile, overlap, self_ensemble: as of `Separator`.
 
     Raises:
-        UserError: the checkpoint can't be read or doesn't fit, VGG19's weights can't be had, there is no such GPU.
+        UserError: the checkpoint can't be read or doesn't fit, VGG19's weights are missing, or there is no such GPU.
     """
     content = load(checkpoint)
     name = inet or architecture_of(content, str(checkpoint))
@@ -185,7 +188,7 @@ def load_separator(
 
 
 def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> Separation:
-    """Separate one image; for several, `load_separator` once.
+    """Separate one image; for several images, call `load_separator` once and use its result.
 
     Args:
         image: RGB (H, W, 3), uint8, uint16, or floating point in 0..1.
@@ -195,17 +198,17 @@ def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> 
 
 
 def default_tile(model: DSRNetModel, device: torch.device) -> int:
-    """The side of a square that half of the device's free memory is enough for, within reason."""
+    """The side of the largest square for which half of the device's free memory is enough, within fixed limits."""
     pixels = _SHARE * available_memory(device) / _BYTES_PER_PIXEL[model.bf16]
     side = int(math.sqrt(max(pixels, 0))) // STRIDE * STRIDE
     return min(max(side, _LEAST_TILE), _MOST_TILE)
 
 
 def _trained_with(weights: str, checkpoint: str | Path) -> str:
-    """VGG19's weights that a checkpoint was trained with, if they are here."""
+    """The VGG19 weights that a checkpoint was trained with; a UserError if that file is missing."""
     if weights not in ("imagenet", "random") and not (isinstance(weights, str) and Path(weights).is_file()):
         raise UserError(
-            f"{checkpoint}: was trained with VGG19's weights of {weights}, which isn't here; "
+            f"{checkpoint}: was trained with the VGG19 weights in {weights}, and there is no such file; "
             "name the file with --vgg_weights"
         )
     return weights

@@ -11,7 +11,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from util.errors import UserError
 from util.run import checkpoint
 
-# After how many layers of torchvision's vgg19().features the five maps are taken: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
+# The five maps follow these numbers of layers of torchvision's vgg19().features: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
 CUTS = (2, 7, 12, 21, 30)
 
 
@@ -19,12 +19,11 @@ class Vgg19(nn.Module):
     """VGG19 up to ReLU 5_1, frozen, in eval mode whatever happens around it.
 
     Args:
-        weights: "imagenet" (torchvision's, downloaded once into its cache), "random" (He's initialisation, the
-            same every time: for trying things out, not for results), or a file with a state dict of torchvision's
-            vgg19.
+        weights: "imagenet" (torchvision's, downloaded once into its cache), "random" (He's initialisation, always the
+            same: to try the program out, not for results), or a file with a state dict of torchvision's vgg19.
 
     Raises:
-        UserError: the weights can't be had or don't fit.
+        UserError: the weights can't be downloaded or read, or don't fit.
     """
 
     def __init__(self, weights: str | Path = "imagenet"):
@@ -46,11 +45,11 @@ class Vgg19(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to five maps: 64, 128, 256, 512, 512 channels at strides 1, 2, 4, 8, 16.
 
-        The image is taken as it is: in [0, 1] for the pyramid, normalised by the loss for itself.
+        The image is not normalised here: the pyramid gives it in [0, 1], the loss normalises it before the call.
         """
         maps = []
         for part in self.slices:
-            # The ReLUs work in place, but every slice starts with a convolution, so none touches a map of before.
+            # The ReLUs work in place, but every slice starts with a convolution, so none changes an earlier map.
             image = part(image)
             maps.append(image)
         return maps

@@ -1,4 +1,4 @@
-"""Any published or own checkpoint into a network. Published parameter names stay at this door."""
+"""Load any checkpoint, published or our own, into a network. Published parameter names are translated only here."""
 
 import functools
 import re
@@ -11,12 +11,12 @@ from models.arch import create_model, list_models
 from util.errors import UserError
 from util.run import checkpoint
 
-_WHERE = ("ema", "network", "weight", "state_dict", "model", "icnn")  # a state dict is found in a checkpoint
+_KEYS = ("ema", "network", "weight", "state_dict", "model", "icnn")  # under which a checkpoint holds a state dict
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DTYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Published parameter names to ours, applied one after the other to what is left of the name. The published code
-# names a layer by its position in nested nn.Sequential.
+# From published parameter names to ours; all are applied to a name, one after the other. The published code names a
+# layer by its position in nested nn.Sequential.
 _PREFIXES = re.compile(r"^(?:(?:module|net|network|_orig_mod)\.)+")
 _RENAMES = [
     (re.compile(pattern), replacement)
@@ -67,7 +67,7 @@ _RENAMES = [
 
 
 def translate(name: str) -> str:
-    """Our name of a parameter, from its published one or from our own (which stays as it is)."""
+    """Our name of a parameter, from its published name; our own names stay as they are."""
     name = _PREFIXES.sub("", name)
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
@@ -75,16 +75,17 @@ def translate(name: str) -> str:
 
 
 def load_weights(network: nn.Module, source: str | Path | dict, where: str = "the given weights") -> dict:
-    """Load a checkpoint, ours or a published one, into a network.
+    """Load a checkpoint, published or our own, into a network.
 
     Args:
         network: of `models.arch.create_model`.
-        source: a file, or what was in it: a state dict, bare or under "weight", "ema", "network", "state_dict",
-            "model" or "icnn"; names may start with "module.", "net." or "network.". Of one of our training
-            checkpoints the moving average is taken where there is one.
+        source: a file or its content: a state dict, bare or under "weight", "ema", "network", "state_dict", "model" or
+            "icnn"; names may start with "module.", "net." or "network.". Of our own training checkpoints, the moving
+            average is taken if there is one.
+        where: what messages call the source.
 
     Returns:
-        What else the checkpoint holds, such as its epoch.
+        The rest of the checkpoint, such as its epoch.
 
     Raises:
         UserError: the file can't be read, holds anything but plain data, doesn't fit the network or isn't finite;
@@ -104,13 +105,13 @@ def architecture_of(content: dict, where: str) -> str:
     """The name, of `models.arch.list_models`, of the network that a checkpoint's weights belong to.
 
     Args:
-        content: what is in the file. One of our own says the name; for others, the names and shapes of the
-            parameters are compared with those of all networks. Of networks that differ in training only, it is the
-            one with the shortest name.
+        content: of the checkpoint. Our own hold the name; for others, the names and shapes of the parameters are
+            compared with those of all networks. Of networks that differ only in how they are trained, the result is
+            the one with the shortest name.
         where: the file, for messages.
 
     Raises:
-        UserError: they are no network's.
+        UserError: no network has these parameters.
     """
     if isinstance(content.get("inet"), str):
         return content["inet"]
@@ -127,7 +128,7 @@ def architecture_of(content: dict, where: str) -> str:
 
 @functools.cache
 def _shapes(name: str) -> dict[str, torch.Size]:
-    """Of a network's parameters."""
+    """The shapes of a network's parameters, by name."""
     with torch.device("meta"):
         return {key: value.shape for key, value in create_model(name).state_dict().items()}
 
@@ -145,7 +146,7 @@ def _translated(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a checkpoint, and the rest."""
-    key = next((key for key in _WHERE if isinstance(content.get(key), dict)), None)
+    key = next((key for key in _KEYS if isinstance(content.get(key), dict)), None)
     state = content if key is None else content[key]
     if state and all(isinstance(name, str) and _is_plain(value) for name, value in state.items()):
         return state, {} if key is None else {name: value for name, value in content.items() if name != key}
@@ -153,7 +154,7 @@ def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor such as a network may have: neither sparse nor without values nor of rare types."""
+    """Whether the value is a tensor that a network may have: not sparse, with values, of a common type."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.dtype in _DTYPES
 
 

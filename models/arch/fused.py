@@ -1,13 +1,13 @@
 """The three dense steps of a block, each one differentiable operation that keeps little for the backward pass.
 
-Written with ordinary modules, a block of c channels keeps about 15c numbers a pixel between its forward and its
-backward pass; with these operations it keeps 8c, and it passes over its activations fewer times. What is cheap to
-compute again (the norm, the gate, the attention's product) is computed again in the backward pass.
+Written with ordinary modules, a block of c channels keeps about 15c numbers for each pixel between its forward and its
+backward pass; with these operations it keeps 8c, and it reads and writes its activations fewer times. The norm, the
+gate and the attention's product are cheap, so the backward pass computes them again.
 
-All tensors of activations are (N, C, H, W) in channels_last memory, so that seeing them as rows of C channels,
-(N*H*W, C), moves nothing. Under autocast the matrix products run in its type, as those of torch's own layers do.
+All activations are (N, C, H, W) in channels_last memory, so a view as rows of C channels, (N*H*W, C), copies nothing.
+Under autocast the matrix products run in its type, as those of torch's own layers do.
 
-Symbols: x the block's stream, e the expanded channels, d what is gated, g the gate's result, s the attention's
+Symbols: x the block's stream, e the expanded channels, d the gate's input, g the gate's result, s the attention's
 scale of each image and channel, p = g * s.
 """
 
@@ -57,7 +57,7 @@ def gate_project_add(
         residual: (N, K, H, W).
         conv: 1x1, C to K channels, with a bias.
         scale: (S, K), S = 1 for all images, S = 2 for a scale of each stream.
-        gate: what is done with d first.
+        gate: the gate that d goes through first.
         attention: 1x1, C to C channels, with a bias.
 
     Returns:
@@ -80,7 +80,7 @@ def mutual_gate(d: Tensor) -> Tensor:
 
 
 def _cast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All tensors in the type of the computation: autocast's where it is on, otherwise x's own."""
+    """All tensors in the type of the computation: autocast's where autocast is on, else x's own."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     return tuple(tensor.to(dtype) for tensor in (x, *others))

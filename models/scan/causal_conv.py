@@ -22,8 +22,11 @@ def causal_conv1d(
         activation: "silu" or None.
         reverse: whether to go from the last step to the first: x_{t + width - 1 - k} instead.
 
-    Uses the CUDA kernel of the `causal_conv1d` package where that works (tried once on a tiny tensor), else torch,
-    as always in reverse: the package's kernel would need a turned copy of x. Raises ValueError for another activation.
+    Uses the CUDA kernel of the `causal_conv1d` package where it works (tried once on a tiny tensor), else torch. In
+    reverse it always uses torch, as the package's kernel would need a flipped copy of x.
+
+    Raises:
+        ValueError: for another activation.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation is {activation!r}, not 'silu' or None")

@@ -1,4 +1,7 @@
-"""`selective_scan` as a torch operator: torch.compile, autocast, FLOP counters and opcheck all understand it."""
+"""`selective_scan` as a torch operator, which torch.compile, autocast and opcheck understand.
+
+`models.scan.flops` tells torch's FLOP counter about it.
+"""
 
 import torch
 from torch import Tensor
@@ -30,10 +33,10 @@ def selective_scan(
         delta_softplus: whether delta becomes softplus(delta + delta_bias), else delta + delta_bias.
         return_last_state: whether to return (y, last state (batch, d, n)) instead of y.
         backend: one of `BACKENDS`, above `set_backend` and the environment variable SCAN_BACKEND.
-        reverse: whether to go from the last step to the first, which is then where the last state is. The backends of
-            this project do so where the tensors lie; that of `mamba_ssm` needs turned copies of them.
+        reverse: whether to go from the last step to the first; the last state is then that of the first step. Only the
+            backend `mamba_ssm` needs flipped copies of the tensors for that.
 
-    Any strides are accepted; y has those of u. The state and all sums are float32 (float64 for float64 input).
+    Strides may be any; y has those of u. The state and all sums are float32 (float64 for float64 input).
     y has u's dtype and every gradient that of its input. The gradient is not differentiable again; that of
     `selective_scan_reference` is.
 
@@ -129,7 +132,7 @@ def _scan_backward(
     backend: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    """The needed ones of the gradients of u, delta, A, B, C, D, z, delta_bias."""
+    """Of the gradients of u, delta, A, B, C, D, z and delta_bias those that are needed."""
     inputs = u, delta, A, B, C, D, z, delta_bias
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
     if u.numel() == 0:

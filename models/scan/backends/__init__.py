@@ -1,7 +1,7 @@
 """The choice of a backend for a scan: the requested one, else the first that works.
 
 A request comes from, strongest first: the call's `backend=`, `set_backend(name)`, the environment variable
-SCAN_BACKEND. Whether a backend works is found out by trying it on a tiny scan, never by a version number.
+SCAN_BACKEND. A backend is tried on a tiny scan to see whether it works; version numbers are never looked at.
 
 Every other module of this package but `threads` is a backend, with the same functions:
 
@@ -76,8 +76,8 @@ def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> st
     return name
 
 
-# What torch.compiler.assume_constant_result does, without importing the compiler (and Triton with it): a traced
-# graph holds the name that was chosen when it was traced.
+# The same as torch.compiler.assume_constant_result, without importing the compiler (and Triton with it): a traced
+# graph keeps the name that was chosen when it was traced.
 choose_backend._dynamo_marked_constant = True
 
 
@@ -88,7 +88,7 @@ def why_not(name: str, device: str) -> str | None:
         module = backend_module(name)
         if not module.runs_on(device):
             return f"it doesn't run on {device} tensors"
-        with _disable_current_modes():  # really computes, even where a model is only traced or counted
+        with _disable_current_modes():  # computes for real, even where a model is only traced or counted
             tiny = torch.ones(1, 1, 2, device=device)
             state = torch.ones(1, 1, device=device)
             module.scan(tiny, tiny, -state, tiny, tiny, None, None, None, False, False)
@@ -101,7 +101,7 @@ def why_not(name: str, device: str) -> str | None:
 
 @cache
 def _first_that_works(device: str, double: bool) -> str:
-    """The first backend that works and why the earlier ones don't, which is logged."""
+    """The first backend that works; the log says why the earlier ones don't."""
     if double:
         _log_once("selective scan of float64 tensors: reference, the only one with that precision")
         return "reference"
