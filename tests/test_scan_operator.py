@@ -171,8 +171,14 @@ class TestChoice:
             selective_scan(*inputs.values())
 
     def test_importing_is_light(self):
-        code = "import sys, models.scan; print([m for m in ('numba', 'triton', 'mamba_ssm') if m in sys.modules])"
-        assert run_python("-c", code).strip() == "[]"
+        """The scan imports no backend's package, and VGG19 no network."""
+        code = (
+            "import sys, models.scan\n"
+            "print([name for name in ('numba', 'triton', 'mamba_ssm') if name in sys.modules])\n"
+            "import models.vgg\n"
+            "print('models.arch' in sys.modules)"
+        )
+        assert run_python("-c", code).split() == ["[]", "False"]
 
     @needs_numba
     def test_read_only_installation(self, monkeypatch):
