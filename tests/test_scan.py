@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.scan.backends.reference import selective_scan_reference
-from tests.conftest import GOLDEN
 from tests.golden.fill import rng
+from tests.helpers import GOLDEN
 from tests.scans import (
     INTERPRETED,
     NAMES,
