@@ -22,7 +22,7 @@ With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to th
     flops.py                 what torch's FLOP counter counts for the operator
     backends/__init__.py     the choice of a backend
     backends/reference.py    the recurrence in plain torch, which the other backends are compared with
-    backends/cpu.py          compiled by numba, in vectors of sixteen channels; threads.py runs it on several cores
+    backends/cpu.py          compiled by numba, in vectors of sixteen channels (see models/compiled)
     backends/triton.py       Triton, for any GPU that torch's own Triton knows; parallel over chunks of the length too
     backends/mamba_ssm.py    the CUDA kernel of the `mamba_ssm` package
 """

@@ -3,7 +3,7 @@
 A request comes from, strongest first: the call's `backend=`, `set_backend(name)`, the environment variable
 SCAN_BACKEND. A backend is tried on a tiny scan to see whether it works; version numbers are never looked at.
 
-Every other module of this package but `threads` is a backend, with the same functions:
+Every other module of this package is a backend, with the same functions:
 
     runs_on(device)       whether it computes on tensors of that device
     saved_shape(...)      the shape of what the forward pass saves for the backward pass

@@ -7,123 +7,48 @@ cache. Whatever the memory layout, a tile of sixteen channels by `TILE` steps is
 The forward pass keeps the states only where a tile begins. The backward pass visits the tiles in reverse,
 recomputes the states of one tile in scratch memory, and follows the adjoint recurrence back through it.
 
-Numba's loop vectoriser would have to prove that arrays don't overlap; instead `float32x16` is a numba type
-here, which LLVM maps to whatever registers the processor has (AVX-512, two AVX2, four NEON).
-
 Work is divided by shape alone, never by the number of threads, and every sum runs in a fixed order: results
 are bit-equal for any number of threads.
-
-This is one file on purpose. Numba keeps compiled kernels in a cache on disk, and takes a kernel from there as long as
-the kernel's own source file is unchanged. An intrinsic or a helper in another file could change without that, and the
-kernels would go on running the old code. Only what is not compiled (threads.py) stands elsewhere.
 """
 
-import itertools
 import math
-import operator
 from functools import partial, reduce
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from numba import int64, types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor
 
-from models.scan.backends.threads import in_huge_pages, in_parallel
+from models.compiled.threads import in_huge_pages, run_tasks
+from models.compiled.vector import (
+    INTEGERS,
+    LANES,
+    ROW,
+    VECTOR,
+    broadcast,
+    constant,
+    constant_vector,
+    copy_number,
+    fma,
+    kernel,
+    load,
+    multiply_add,
+    njit,
+    row_sums,
+    store,
+    transpose,
+    vector_intrinsic,
+    where_positive,
+)
 
-LANES = 16  # channels in one vector
 TILE = 64  # steps between two stored states
-ROW = 4 * LANES  # bytes of one vector
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 
-def njit(function):
-    """A helper: compiled into the kernels that call it."""
-    return numba.njit(error_model="numpy")(function)
-
-
-def kernel(arguments: tuple):
-    """A function compiled here and now, unless an earlier run left it in numba's cache on disk."""
-
-    def compiled(function):
-        compiler = partial(numba.njit, types.void(*arguments), nogil=True, error_model="numpy")
-        try:
-            return compiler(cache=True)(function)
-        except RuntimeError:  # no folder for the cache can be written
-            return compiler()(function)
-
-    return compiled
-
-
-# The vector type ---------------------------------------------------------------------------------------
-
-
-class Float32x16(types.Type):
-    def __init__(self):
-        super().__init__(name="float32x16")
-
-
-vector = Float32x16()
-F32 = ir.FloatType()
-I32 = ir.IntType(32)
-VECTOR = ir.VectorType(F32, LANES)
-INTEGERS = ir.VectorType(I32, LANES)
-
-
-@register_model(Float32x16)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager, numba_type):
-        super().__init__(manager, numba_type, VECTOR)
-
-
-def _constant(value: float) -> ir.Constant:
-    return ir.Constant(VECTOR, [float(np.float32(value))] * LANES)
-
-
-def _pointer(builder, address, pointee=VECTOR):
-    return builder.inttoptr(address, pointee.as_pointer())
-
-
-def _broadcast(builder, scalar):
-    first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(VECTOR, ir.Undefined), ir.Constant(INTEGERS, [0] * LANES))
-
-
-def _shuffle(builder, a, b, lanes):
-    return builder.shuffle_vector(a, b, ir.Constant(INTEGERS, lanes))
-
-
-def _load_rows(builder, address, stride):
-    rows = []
-    for _ in range(LANES):
-        rows.append(builder.load(_pointer(builder, address), align=4))
-        address = builder.add(address, stride)
-    return rows
-
-
-def _vector_intrinsic(arity, emit):
-    """An operation on vectors from `emit(builder, *vectors)`."""
-
-    def typed(*operands):
-        return vector(*operands), lambda context, builder, signature, values: emit(builder, *values)
-
-    if arity == 1:
-        return intrinsic(lambda typingctx, a: typed(a))
-    if arity == 2:
-        return intrinsic(lambda typingctx, a, b: typed(a, b))
-    return intrinsic(lambda typingctx, a, b, c: typed(a, b, c))
-
-
-def _multiply_add(builder, a, b, c):
-    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
-    # fmuladd, not fma: without the hardware for it the latter becomes sixteen library calls.
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
-    return builder.call(function, [a, b, c])
+# Functions of one vector -------------------------------------------------------------------------------
 
 
 def _exp2(builder, x):
@@ -132,13 +57,13 @@ def _exp2(builder, x):
     x is held within -126..128-2^-17, so that what underflows becomes 1e-38 and what overflows 3e38.
     """
     low, high, shift = -126.0, 127.99999, 1.5 * 2.0**23
-    x = builder.select(builder.fcmp_ordered("<", x, _constant(low)), _constant(low), x)  # NaN stays
-    x = builder.select(builder.fcmp_ordered(">", x, _constant(high)), _constant(high), x)
-    shifted = builder.fadd(x, _constant(shift))  # the last bits now hold round(x)
-    remainder = builder.fsub(x, builder.fsub(shifted, _constant(shift)))
-    power = _constant(EXP2_POLYNOMIAL[0])
+    x = builder.select(builder.fcmp_ordered("<", x, constant_vector(low)), constant_vector(low), x)  # NaN stays
+    x = builder.select(builder.fcmp_ordered(">", x, constant_vector(high)), constant_vector(high), x)
+    shifted = builder.fadd(x, constant_vector(shift))  # the last bits now hold round(x)
+    remainder = builder.fsub(x, builder.fsub(shifted, constant_vector(shift)))
+    power = constant_vector(EXP2_POLYNOMIAL[0])
     for coefficient in EXP2_POLYNOMIAL[1:]:
-        power = _multiply_add(builder, power, remainder, _constant(coefficient))
+        power = multiply_add(builder, power, remainder, constant_vector(coefficient))
     exponent = builder.shl(builder.bitcast(shifted, INTEGERS), ir.Constant(INTEGERS, [23] * LANES))
     return builder.bitcast(builder.add(builder.bitcast(power, INTEGERS), exponent), VECTOR)
 
@@ -154,121 +79,7 @@ def _exp2_polynomial(degree: int) -> list[float]:
 
 
 EXP2_POLYNOMIAL = _exp2_polynomial(5)
-
-
-def _select(condition: str):
-    """where(a condition 0, b, c)"""
-
-    def emit(builder, a, b, c):
-        return builder.select(builder.fcmp_ordered(condition, a, _constant(0.0)), b, c)
-
-    return emit
-
-
-def _define_operator(symbol, instruction: str) -> None:
-    emit = _vector_intrinsic(2, lambda builder, a, b: getattr(builder, instruction)(a, b))
-
-    @overload(symbol)
-    def vector_operator(a, b):
-        if a is vector and b is vector:
-            return lambda a, b: emit(a, b)
-
-
-_define_operator(operator.add, "fadd")
-_define_operator(operator.sub, "fsub")
-_define_operator(operator.mul, "fmul")
-_define_operator(operator.truediv, "fdiv")
-
-fma = _vector_intrinsic(3, _multiply_add)
-exp2 = _vector_intrinsic(1, _exp2)
-where_positive = _vector_intrinsic(3, _select(">"))
-
-
-@intrinsic
-def constant(typingctx, value):
-    """The number `value` in every lane."""
-
-    def codegen(context, builder, signature, values):
-        return _broadcast(builder, builder.fptrunc(values[0], F32))
-
-    return vector(types.float64), codegen
-
-
-@intrinsic
-def load(typingctx, address):
-    def codegen(context, builder, signature, values):
-        return builder.load(_pointer(builder, values[0]), align=4)
-
-    return vector(address), codegen
-
-
-@intrinsic
-def store(typingctx, address, value):
-    def codegen(context, builder, signature, values):
-        builder.store(values[1], _pointer(builder, values[0]), align=4)
-
-    return types.void(address, value), codegen
-
-
-@intrinsic
-def broadcast(typingctx, address):
-    """The number at `address` in every lane."""
-
-    def codegen(context, builder, signature, values):
-        return _broadcast(builder, builder.load(_pointer(builder, values[0], F32), align=4))
-
-    return vector(address), codegen
-
-
-@intrinsic
-def copy_number(typingctx, source, target):
-    def codegen(context, builder, signature, values):
-        number = builder.load(_pointer(builder, values[0], F32), align=4)
-        builder.store(number, _pointer(builder, values[1], F32), align=4)
-
-    return types.void(source, target), codegen
-
-
-@intrinsic
-def transpose(typingctx, source, source_stride, target, target_stride):
-    """Sixteen rows of sixteen numbers become columns; strides, in bytes, lead from row to row."""
-
-    def codegen(context, builder, signature, values):
-        source, source_stride, target, target_stride = values
-        rows = _load_rows(builder, source, source_stride)
-        for s in (1, 2, 4, 8):  # swap the off-diagonal s x s blocks of every 2s x 2s block
-            upper = [j if not j & s else LANES + (j ^ s) for j in range(LANES)]
-            lower = [j ^ s if not j & s else LANES + j for j in range(LANES)]
-            for i in range(LANES):
-                if not i & s:
-                    a, b = rows[i], rows[i + s]
-                    rows[i], rows[i + s] = _shuffle(builder, a, b, upper), _shuffle(builder, a, b, lower)
-        for row in rows:
-            builder.store(row, _pointer(builder, target), align=4)
-            target = builder.add(target, target_stride)
-
-    return types.void(source, source_stride, target, target_stride), codegen
-
-
-@intrinsic
-def row_sums(typingctx, source):
-    """Lane i of the result is the sum of the i-th of sixteen vectors at `source`."""
-
-    def codegen(context, builder, signature, values):
-        rows = _load_rows(builder, values[0], ir.Constant(ir.IntType(64), ROW))
-        for s in (1, 2, 4, 8):  # add neighbours within each vector while two vectors are merged into one
-            even = [j if not j & s else LANES + j for j in range(LANES)]
-            odd = [j ^ s if not j & s else LANES + (j ^ s) for j in range(LANES)]
-            rows = [
-                builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
-                for a, b in itertools.pairwise(rows)
-            ][::2]
-        return rows[0]
-
-    return vector(source), codegen
-
-
-# Functions of one vector -------------------------------------------------------------------------------
+exp2 = vector_intrinsic(1, _exp2)
 
 
 @njit
@@ -661,17 +472,4 @@ def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strid
         per_image, per_channel, per_step = (4 * stride for stride in t.stride())
         start = t.data_ptr() + reverse * (t.shape[2] - 1) * per_step
         views.append((start, per_image, per_channel, -per_step if reverse else per_step))
-    threads = min(tasks, torch.get_num_threads())
-    pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
-    waiting = itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])
-
-    def work() -> None:
-        memory = torch.empty((scratch + 1) * LANES)
-        aligned = -(-memory.data_ptr() // ROW) * ROW
-        for first, last in waiting:
-            kernel(aligned, first, last, *settings, *addresses, *views)
-
-    if threads == 1:
-        work()
-    else:
-        in_parallel(work, threads)
+    run_tasks(kernel, tasks, scratch, *settings, *addresses, *views)

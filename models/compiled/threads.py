@@ -1,6 +1,7 @@
-"""Threads and memory for the CPU kernels: torch's own OpenMP threads, and huge pages."""
+"""How the CPU kernels run: by torch's own OpenMP threads, with memory in huge pages."""
 
 import ctypes
+import itertools
 import mmap
 import os
 import re
@@ -14,8 +15,30 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21  # bytes
+VECTOR = 64  # bytes
 
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def run_tasks(kernel: Callable, tasks: int, scratch: int, *settings) -> None:
+    """Call `kernel(memory, first, last, *settings)` for all tasks, in as many threads as torch uses.
+
+    Each thread has memory for `scratch` vectors, and works on tasks `first` to `last` - 1 in one call.
+    """
+    threads = min(tasks, torch.get_num_threads())
+    pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
+    waiting = itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])
+
+    def work() -> None:
+        memory = torch.empty((scratch + 1) * VECTOR, dtype=torch.uint8)
+        aligned = -(-memory.data_ptr() // VECTOR) * VECTOR
+        for first, last in waiting:
+            kernel(aligned, first, last, *settings)
+
+    if threads == 1:
+        work()
+    else:
+        in_parallel(work, threads)
 
 
 def in_parallel(work: Callable[[], None], threads: int) -> None:

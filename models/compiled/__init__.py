@@ -1,0 +1,1 @@
+"""What the kernels that numba compiles for the CPU share: the vector type, and threads."""
