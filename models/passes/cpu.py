@@ -1,0 +1,122 @@
+"""The passes on the CPU, by the kernels in kernels.py; shapes as in operator.py.
+
+Work is divided by shape alone, never by the number of threads, and every sum runs in a fixed order: results are
+bit-equal for any number of threads.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from models.compiled.threads import in_huge_pages, run_tasks
+from models.compiled.vector import LANES
+from models.passes import kernels
+from models.passes.kernels import PIXELS, STRIP, SUMS
+
+GATES = {"none": kernels.NONE, "self": kernels.SELF, "mutual": kernels.MUTUAL}
+
+
+@cache
+def compiled(make, dtype: torch.dtype, *how):
+    """The kernel that `make` makes for tensors of `dtype`, compiled when it is first wanted."""
+    return make(dtype.itemsize, *how)
+
+
+def _run(kernel, tasks: int, *settings) -> None:
+    """All tasks of a kernel; settings are tensors and numbers."""
+    run_tasks(kernel, tasks, 1, *(s.data_ptr() if isinstance(s, Tensor) else s for s in settings))
+
+
+def _run_by_channels(kernel, tasks: int, channels: int, *settings) -> None:
+    """Whole vectors of channels first, then those that are left."""
+    whole = channels // LANES * LANES
+    if whole:
+        _run(kernel, tasks, *settings, 0, whole, LANES)
+    if whole < channels:
+        _run(kernel, tasks, *settings, whole, channels, channels - whole)
+
+
+def _added_up(parts: Tensor) -> Tensor:
+    """(groups, count, numbers) to (groups, numbers)"""
+    sums = torch.empty(len(parts), parts.shape[2])
+    _run(kernels.add_up, len(parts), parts, sums, *parts.shape[1:])
+    return sums
+
+
+def runs_on(device: str) -> bool:
+    return device == "cpu"
+
+
+def new(like: Tensor, *shape: int) -> Tensor:
+    return in_huge_pages(like.new_empty(shape))
+
+
+def norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, statistics = new(x, *x.shape), torch.empty(len(x), 2)
+    _run(compiled(kernels.make_norm, x.dtype), -(-len(x) // PIXELS), x, y, statistics, *x.shape, eps)
+    return y, statistics
+
+
+def norm_backward(
+    dy: Tensor, x: Tensor, statistics: Tensor, added: Tensor | None, groups: int
+) -> tuple[Tensor, Tensor]:
+    dx, (rows, channels) = new(x, *x.shape), x.shape
+    pixels = rows // groups
+    count = -(-pixels // PIXELS)
+    parts = torch.empty(groups, count, channels)
+    kernel = compiled(kernels.make_norm_backward, x.dtype)
+    _run(kernel, groups * count, dy, x, statistics, 0 if added is None else added, dx, parts, pixels, channels)
+    return dx, _added_up(parts)
+
+
+def gate(d: Tensor, images: int, how: str) -> Tensor:
+    rows, half = len(d), d.shape[1] // 2
+    g, pixels = new(d, rows, half), rows // images
+    tasks = images * -(-pixels // PIXELS)
+    _run_by_channels(compiled(kernels.make_gate, d.dtype), tasks, half, d, g, images, pixels, half, GATES[how])
+    return g
+
+
+def gate_backward(dg: Tensor, d: Tensor, images: int, how: str) -> tuple[Tensor, Tensor]:
+    rows, half = dg.shape
+    dd, pixels = new(d, *d.shape), rows // images
+    tasks = images * -(-pixels // PIXELS)
+    parts = torch.empty(1, tasks, 2 * half)
+    kernel = compiled(kernels.make_gate_backward, d.dtype)
+    _run_by_channels(kernel, tasks, half, dg, d, dd, parts, images, pixels, half, GATES[how])
+    return dd, _added_up(parts)[0]
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    n, h, w, channels = x.shape
+    gated = how != "none"
+    half = channels // 2 if gated else channels
+    d, g = new(x, n, h, w, channels), new(x, *((n, h, w, half) if gated else (0,)))
+    streams, strips = 2 if how == "mutual" else 1, -(-h // STRIP)
+    tasks = n // streams * strips
+    parts = torch.empty(n // streams, strips, streams * half)
+    weight = weight.float().reshape(channels, 9).t().contiguous()
+    kernel = compiled(kernels.make_depthwise, x.dtype, gated)
+    _run_by_channels(
+        kernel, tasks, half, x, weight, bias.float().contiguous(), d, g, parts, n, h, w, channels, GATES[how]
+    )
+    if not gated:
+        return d, g, parts.new_empty(0)
+    sums = _added_up(parts).view(-1, streams, half).transpose(0, 1).reshape(n, half)
+    return d, g, sums
+
+
+def depthwise_backward(
+    dg: Tensor, d: Tensor, x: Tensor, weight: Tensor, how: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, h, w, channels = x.shape
+    gated = how != "none"
+    dx, tasks = new(x, *x.shape), n * -(-h // STRIP)
+    parts = torch.empty(1, tasks, SUMS * channels)
+    weight = weight.float().reshape(channels, 9).t().contiguous()
+    kernel = compiled(kernels.make_depthwise_backward, x.dtype, gated)
+    half = channels // 2 if gated else channels
+    _run_by_channels(kernel, tasks, half, dg, d, x, weight, dx, parts, n, h, w, channels, GATES[how])
+    sums = _added_up(parts).view(SUMS, channels)
+    return dx, sums[:9].t().contiguous().view(channels, 1, 3, 3), sums[9].clone(), sums[10].clone()
