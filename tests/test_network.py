@@ -293,11 +293,12 @@ def losses_and_gradients(model, batch) -> tuple[dict[str, float], dict[str, torc
 
 
 @pytest.mark.parametrize(("bf16", "backend"), [(True, "aot_eager"), (False, "eager")])
-def test_the_whole_step_is_one_graph(bf16, backend):
+def test_the_whole_step_is_one_graph(bf16, backend, monkeypatch):
     """Traced without a break, with the same results; without the compiler's code, which takes minutes to make.
 
     The backend "aot_eager" also traces the backward pass.
     """
+    monkeypatch.setenv("PASSES_BACKEND", "reference")  # what is traced
     model, batch = step_model(few_blocks(), bf16)
     losses, gradients = losses_and_gradients(model, batch)
     torch._dynamo.reset()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.arch.fused import Gate, gate_project_add, mutual_gate, norm_project
+from models.arch.fused import Gate, expand_and_gate, gate_project_add, norm_project, residual_step
 from models.arch.mamba import ImageMamba, Order
 
 
@@ -68,11 +68,11 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def step1(self, x: Tensor) -> Tensor:
-        """What the first residual step gates, attends to and projects."""
+        """The first residual step."""
 
     @abstractmethod
     def step2(self, x: Tensor) -> Tensor:
-        """What the second residual step gates and projects."""
+        """The second residual step."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointed and torch.is_grad_enabled():
@@ -81,8 +81,15 @@ class Block(nn.Module, ABC):
         return self._steps(x)
 
     def _steps(self, x: Tensor) -> Tensor:
-        x = gate_project_add(self.step1(x), x, self.project1, self.a.rows(), self.gates[0], self.attention)
-        return gate_project_add(self.step2(x), x, self.project2, self.b.rows(), self.gates[1])
+        return self.step2(self.step1(x))
+
+    def _add1(self, d: Tensor, x: Tensor) -> Tensor:
+        """Gate, attend to and project d in the first step, and add it to x."""
+        return gate_project_add(d, x, self.project1, self.a.rows(), self.gates[0], self.attention)
+
+    def _add2(self, d: Tensor, x: Tensor) -> Tensor:
+        """Gate and project d in the second step, and add it to x."""
+        return gate_project_add(d, x, self.project2, self.b.rows(), self.gates[1])
 
 
 class MuGI(Block):
@@ -97,10 +104,11 @@ class MuGI(Block):
         self.expand2 = nn.Conv2d(channels, 2 * channels, 1)
 
     def step1(self, x: Tensor) -> Tensor:
-        return self.depthwise(norm_project(x, self.norm1, self.expand1))  # (2B, 2C, H, W)
+        expansion = self.norm1, self.expand1, self.depthwise
+        return residual_step(x, *expansion, self.gates[0], self.attention, self.project1, self.a.rows())
 
     def step2(self, x: Tensor) -> Tensor:
-        return norm_project(x, self.norm2, self.expand2)  # (2B, 2C, H, W)
+        return residual_step(x, self.norm2, self.expand2, None, self.gates[1], None, self.project2, self.b.rows())
 
 
 class NAF(MuGI):
@@ -125,7 +133,8 @@ class MuGIM2(MuGI):
         self.mamba = ImageMamba(channels, order)
 
     def step1(self, x: Tensor) -> Tensor:
-        return self.mamba(mutual_gate(super().step1(x)))  # (2B, C, H, W)
+        g = expand_and_gate(x, self.norm1, self.expand1, self.depthwise)  # (2B, C, H, W)
+        return self._add1(self.mamba(g), x)
 
 
 class MuGIM(Block):
@@ -139,10 +148,10 @@ class MuGIM(Block):
         )
 
     def step1(self, x: Tensor) -> Tensor:
-        return self.expand1(self.mamba1(x))  # (2B, 2C, H, W)
+        return self._add1(self.expand1(self.mamba1(x)), x)
 
     def step2(self, x: Tensor) -> Tensor:
-        return self.expand2(self.mamba2(x))  # (2B, 2C, H, W)
+        return self._add2(self.expand2(self.mamba2(x)), x)
 
 
 class MambaGate(nn.Module):
@@ -174,7 +183,8 @@ class MuGIMG(Block):
         self.gate2 = MambaGate(channels)
 
     def step1(self, x: Tensor) -> Tensor:
-        return self.gate1(self.depthwise(norm_project(x, self.norm1, self.expand1)))  # (2B, C, H, W)
+        d = self.depthwise(norm_project(x, self.norm1, self.expand1))  # (2B, C, H, W)
+        return self._add1(self.gate1(d), x)
 
     def step2(self, x: Tensor) -> Tensor:
-        return self.gate2(norm_project(x, self.norm2, self.expand2))  # (2B, C, H, W)
+        return self._add2(self.gate2(norm_project(x, self.norm2, self.expand2)), x)

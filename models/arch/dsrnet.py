@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.arch.blocks import NAF, Block, MuGI
+from models.arch.fused import Conv1x1
 from models.arch.lrm import LearnableResidue
 from options.arguments import STRIDE
 
@@ -67,11 +68,11 @@ class Pyramid(nn.Module):
         for c in channels[-2::-1]:
             joined.insert(0, coarser + c)
             coarser = joined[0] // 4
-        self.fuse = nn.ModuleList(nn.Conv2d(c, c, 1) for c in joined)
+        self.fuse = nn.ModuleList(Conv1x1(c, c) for c in joined)
         self.refine = nn.ModuleList(block(c, split) for c in (joined[0], *(c // 4 for c in joined[1:])))
-        self.narrow = nn.Conv2d(joined[0], neck, 1)
+        self.narrow = Conv1x1(joined[0], neck)
         self.refine_narrow = block(neck, split)
-        self.fuse_image = nn.Conv2d(2 * neck, width, 1)
+        self.fuse_image = Conv1x1(2 * neck, width)
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
         """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W)."""
@@ -115,7 +116,7 @@ class UNet(nn.Module):
         self.encoders = nn.ModuleList(stage(n, c) for n, c in zip(encoder, widths, strict=False))
         self.downs = nn.ModuleList(nn.Conv2d(c, 2 * c, 2, stride=2) for c in widths[:-1])
         self.middle = stage(middle, widths[-1])
-        self.ups = nn.ModuleList(nn.Conv2d(c, 2 * c, 1, bias=False) for c in widths[:0:-1])
+        self.ups = nn.ModuleList(Conv1x1(c, 2 * c, bias=False) for c in widths[:0:-1])
         self.decoders = nn.ModuleList(stage(n, c) for n, c in zip(decoder, widths[-2::-1], strict=True))
 
     def forward(self, x: Tensor) -> Tensor:

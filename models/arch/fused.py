@@ -19,7 +19,67 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from models import passes
+from models.arch import step
+
 Gate = Literal["none", "self", "mutual"]
+
+
+def residual_step(
+    x: Tensor,
+    norm: torch.nn.LayerNorm,
+    expand: torch.nn.Conv2d,
+    depthwise: torch.nn.Conv2d | None,
+    gate: Gate,
+    attention: torch.nn.Conv2d | None,
+    project: torch.nn.Conv2d,
+    scale: Tensor,
+) -> Tensor:
+    """x + scale * project(attend(gate(depthwise(expand(norm x))))), with the arguments of `norm_project` and
+    `gate_project_add`: on a CPU as one operation with compiled passes where they work (`models.passes`)."""
+    dtype = _compute_type(x)
+    backend = passes.chosen_backend(x, dtype)
+    if backend is None:
+        d = norm_project(x, norm, expand)
+        d = d if depthwise is None else depthwise(d)
+        return gate_project_add(d, x, project, scale, gate, attention)
+    projection = step.Projection(*_parameters(attention), *_parameters(project), scale)
+    how = step.How((len(x), *x.shape[2:]), norm.eps, gate, backend)
+    return _image(step.residual_step(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), projection, how), x)
+
+
+def expand_and_gate(x: Tensor, norm: torch.nn.LayerNorm, expand: torch.nn.Conv2d, depthwise: torch.nn.Conv2d) -> Tensor:
+    """The mutual gate of depthwise(expand(norm x)), with the arguments of `norm_project`."""
+    dtype = _compute_type(x)
+    backend = passes.chosen_backend(x, dtype)
+    if backend is None:
+        return mutual_gate(depthwise(norm_project(x, norm, expand)))
+    how = step.How((len(x), *x.shape[2:]), norm.eps, "mutual", backend)
+    return _image(step.expand_and_gate(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), how), x)
+
+
+def _expansion(norm: torch.nn.LayerNorm, expand: torch.nn.Conv2d, depthwise: torch.nn.Conv2d | None) -> step.Expansion:
+    of_depthwise = (None, None) if depthwise is None else (depthwise.weight, depthwise.bias)
+    return step.Expansion(norm.weight, norm.bias, *_parameters(expand), *of_depthwise)
+
+
+def _parameters(conv: torch.nn.Conv2d | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight (out, in) and bias of a 1x1 convolution."""
+    return (None, None) if conv is None else (conv.weight.flatten(1), conv.bias)
+
+
+class Conv1x1(torch.nn.Conv2d):
+    """A 1x1 convolution; on a CPU a product with the rows of channels, which torch's own is not in every case: in
+    float32 with one thread it would turn the image first."""
+
+    def __init__(self, channels: int, out_channels: int, bias: bool = True):
+        super().__init__(channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, out_channels, H, W), channels_last."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        return _image(F.linear(_rows(x), self.weight.flatten(1), self.bias), x)
 
 
 def norm_project(x: Tensor, norm: torch.nn.LayerNorm, conv: torch.nn.Conv2d) -> Tensor:
@@ -79,10 +139,15 @@ def mutual_gate(d: Tensor) -> Tensor:
     return _image(_MutualGate.apply(_rows(d)), d)
 
 
-def _cast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All tensors in the type of the computation: autocast's where autocast is on, else x's own."""
+def _compute_type(x: Tensor) -> torch.dtype:
+    """Autocast's type where autocast is on, else x's own."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _cast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All tensors in the type of the computation."""
+    dtype = _compute_type(x)
     return tuple(tensor.to(dtype) for tensor in (x, *others))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.arch.blocks import NAF, MuGI
+from models.arch.fused import Conv1x1
 
 
 class LearnableResidue(nn.Module):
@@ -19,7 +20,7 @@ class LearnableResidue(nn.Module):
 
     def __init__(self, width: int, colours: int = 3, interact: int = 2, merge: int = 4):
         super().__init__()
-        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.expand = Conv1x1(width, 2 * width)
         self.interact = nn.Sequential(*(MuGI(2 * width, split=True) for _ in range(interact)))
         self.merge = nn.Sequential(*(NAF(4 * width) for _ in range(merge)))
         self.head = nn.Conv2d(4 * width, colours, 3, padding=1)

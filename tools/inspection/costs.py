@@ -20,8 +20,13 @@ def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__) -> int:
     return 2 * a.numel() * b[-1]
 
 
+def _depthwise_flops(x: torch.Size, weight: torch.Size, *_, **__) -> int:
+    """(N, H, W, C), and a weight of nine numbers for each channel."""
+    return 2 * 9 * x.numel()
+
+
 # The counter knows the products that make a tensor, but not the one that adds to a tensor in place.
-FORMULAS = {torch.ops.aten.baddbmm_: _product_flops}
+FORMULAS = {torch.ops.aten.baddbmm_: _product_flops, torch.ops.passes.depthwise: _depthwise_flops}
 
 
 @dataclass
