@@ -39,7 +39,7 @@ def train(options) -> int:
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
     world = join(options.gpu_ids)
     log = print if world.is_main else lambda *_: None
-    choose_scan(options.scan_backend, world)
+    choose_backends(options, world)
     check_resumable(options)
     loaders = build_loaders(options, world, log)
     with RunFolder.open(options, world, log) as folder:
@@ -62,21 +62,25 @@ def train(options) -> int:
         return fit(engine, log)
 
 
-def choose_scan(backend: str | None, world) -> None:
-    """Choose what computes the selective scan of the Mamba models, and log the choice when the first scan comes.
+def choose_backends(options, world) -> None:
+    """Choose what computes the Mamba models' selective scan and the blocks' passes; log the choice at the first use.
 
     Raises:
-        UserError: it can't be computed like that on this machine.
+        UserError: they can't be computed like that on this machine.
     """
-    from models.scan import available_backends, set_backend
+    from models import passes, scan
 
-    if backend not in (None, "auto"):
-        reason = available_backends(world.device.type)[backend]
+    if options.scan_backend not in (None, "auto"):
+        reason = scan.available_backends(world.device.type)[options.scan_backend]
         if reason:
-            raise UserError(f"--scan_backend {backend}: {reason}")
-    set_backend(backend)
+            raise UserError(f"--scan_backend {options.scan_backend}: {reason}")
+    scan.set_backend(options.scan_backend)
+    if options.passes_backend == "cpu" and (reason := passes.why_not()):
+        raise UserError(f"--passes_backend cpu: {reason}")
+    passes.set_backend(options.passes_backend)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
-    logging.getLogger("scan").setLevel(logging.INFO if world.is_main else logging.WARNING)
+    for name in ("scan", "passes"):
+        logging.getLogger(name).setLevel(logging.INFO if world.is_main else logging.WARNING)
 
 
 def warn(options, model, log: Callable[[str], None]) -> None:

@@ -22,7 +22,8 @@ class DSRNetModel(nn.Module):
         vgg: VGG19, for the network's features; the loss uses it, too. None for a network with a stem of its own.
         loss: (transmission, reflection, residue, mixture, target_t, target_r) -> dict of weighted terms. None for a
             model that is not trained.
-        bf16: run the network and VGG19 under autocast to bfloat16.
+        bf16: run the network and VGG19 under autocast to bfloat16. VGG19's weights, which never change, are then
+            converted to bfloat16 here; autocast would convert them in every pass.
     """
 
     def __init__(self, network: nn.Module, vgg: nn.Module | None, loss: nn.Module | None, bf16: bool = False):
@@ -31,6 +32,8 @@ class DSRNetModel(nn.Module):
         self.vgg = vgg
         self.loss = loss
         self.bf16 = bf16
+        if bf16 and vgg is not None:
+            vgg.bfloat16()
 
     def forward(self, mixture: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
         """The weighted terms of a batch's loss; the images are (B, 3, H, W), H and W multiples of 16."""

@@ -172,6 +172,10 @@ def add_speed(parser: Parser) -> None:
     option(group, HOW, "--scan_backend", choices=("auto", "mamba_ssm", "triton", "cpu", "reference"),
            help="what computes the Mamba models' selective scan (default: the environment variable "
                 "SCAN_BACKEND, else the first of these that works)")  # fmt: skip
+    option(group, HOW, "--passes_backend", choices=("auto", "cpu", "reference"),
+           help="what computes the blocks between their matrix products on a CPU: cpu, passes compiled by "
+                "numba, or reference, plain torch (default: the environment variable PASSES_BACKEND, else cpu "
+                "where that works)")  # fmt: skip
     add_workers(group)
     option(group, HOW, "--cache_images", type=natural_float, default=0.0, metavar="GIB",
            help="memory, for every process that trains, to keep decoded images in")  # fmt: skip

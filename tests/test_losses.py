@@ -1,10 +1,13 @@
 """Losses and VGG19, against the published implementation's numbers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from models import losses, vgg
+from models.dsrnet_model_sirs import DSRNetModel
 from models.losses import ReflectionLoss
 from models.vgg import Vgg19
 from tests.golden.fill import fill, image
@@ -83,6 +86,16 @@ def test_terms_are_fp32_under_autocast(network, images):
         assert value.dtype == torch.float32
         tolerance = 0.02 if name == "vgg" else 1e-6  # VGG19 itself runs in bf16
         assert value.item() == pytest.approx(exact[name].item(), rel=tolerance), name
+
+
+def test_weights_converted_once_give_the_same_bits(network, images):
+    """Converting VGG19 to bfloat16 does what autocast does in every pass."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = network(images["input"])
+        model = DSRNetModel(nn.Identity(), copy.deepcopy(network), None, bf16=True)
+        assert {parameter.dtype for parameter in model.vgg.parameters()} == {torch.bfloat16}
+        found = model.vgg(images["input"])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_weights_of_terms(network, images):

@@ -45,16 +45,17 @@ def test_roles_decide_what_is_recorded_compared_and_exported():
     assert found[Role.FROM] == {"weight_path"}
     assert found[Role.WHERE] == {"base_dir", "demo", "save_every", "keep", "save_steps", "save_images", "panels"}
     assert found[Role.HOW] == {
-        "gpu_ids", "compile", "checkpoint_activations", "scan_backend", "nThreads", "cache_images", "skip_bad_images",
-        "log_every", "log_norms", "eval_batch",
+        "gpu_ids", "compile", "checkpoint_activations", "scan_backend", "passes_backend", "nThreads", "cache_images",
+        "skip_bad_images", "log_every", "log_norms", "eval_batch",
     }  # fmt: skip
 
 
-def test_scan_backends_are_those_there_are():
-    from models.scan import BACKENDS
+def test_backends_are_those_there_are():
+    from models import passes, scan
 
-    action = next(action for action in train_parser()._actions if action.dest == "scan_backend")
-    assert set(action.choices) == set(BACKENDS)
+    choices = {action.dest: set(action.choices or ()) for action in train_parser()._actions}
+    assert choices["scan_backend"] == set(scan.BACKENDS)
+    assert choices["passes_backend"] == set(passes.BACKENDS)
 
 
 def test_published_command_runs_unchanged(tmp_path):
