@@ -49,7 +49,7 @@ def operators(dtype, images=2, height=5, width=7, channels=6, how="mutual") -> d
     found = {
         "norm": (x, 1e-6),
         "norm_backward": (y, x, statistics, added, images),
-        "depthwise": (image, weight, bias, how),
+        "depthwise": (image, weight, bias, how, True),
         "depthwise_backward": (draw(images, height, width, gated, dtype=dtype), image + 1, image, weight, how),
     }
     if how != "none":
@@ -101,6 +101,18 @@ def test_without_a_residual():
     alone, with_zeros = (passes.norm_backward(y, x, statistics, added, groups, "cpu") for added in (None, zeros))
     assert torch.equal(alone[0], with_zeros[0])
     assert not alone[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["self", "mutual"])
+def test_without_what_the_backward_pass_needs(dtype, how):
+    *arguments, _ = operators(dtype, images=4, height=19, width=67, channels=76, how=how)["depthwise"]
+    kept, gone = (passes.depthwise(*arguments, keep, "cpu") for keep in (True, False))
+    assert gone[0].numel() == 0
+    assert torch.equal(gone[1], kept[1]) and torch.equal(gone[2], kept[2])
+    arguments[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="not to be kept"):
+        passes.depthwise(*arguments, False, "cpu")
 
 
 def test_rounding_to_bfloat16():

@@ -77,14 +77,14 @@ def residual_step(x: Tensor, expansion: Expansion, projection: Projection, how: 
     """The step of rows x (images * height * width, C), in the type of x."""
     if _wants_gradient(x, *expansion, *projection):
         return _Step.apply(x, how, *expansion, *projection)
-    return _project(x, _expand(x, expansion, how)[0], projection, how)[0]
+    return _project(x, _expand(x, expansion, how, keep=False)[0], projection, how)[0]
 
 
 def expand_and_gate(x: Tensor, expansion: Expansion, how: How) -> Tensor:
     """The first half of the step alone: rows x (images * height * width, C) to g (the same, E / 2)."""
     if _wants_gradient(x, *expansion):
         return _Expand.apply(x, how, *expansion)
-    return _expand(x, expansion, how)[0].g
+    return _expand(x, expansion, how, keep=False)[0].g
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -95,7 +95,7 @@ class _Step(Function):
     @staticmethod
     def forward(ctx, x, how, *weights):
         expansion, projection = Expansion(*weights[:6]), Projection(*weights[6:])
-        gated, kept = _expand(x, expansion, how)
+        gated, kept = _expand(x, expansion, how, keep=True)
         out, s = _project(x, gated, projection, how)
         ctx.save_for_backward(x, *kept, gated.means, s, *weights)
         ctx.how = how
@@ -126,7 +126,7 @@ class _Step(Function):
 class _Expand(Function):
     @staticmethod
     def forward(ctx, x, how, *weights):
-        gated, kept = _expand(x, Expansion(*weights), how)
+        gated, kept = _expand(x, Expansion(*weights), how, keep=True)
         ctx.save_for_backward(x, *kept, *weights)
         ctx.how = how
         return gated.g
@@ -150,18 +150,20 @@ class _Gated(NamedTuple):
     """Of g, (images, G), float32; None without a depthwise convolution."""
 
 
-def _expand(x: Tensor, expansion: Expansion, how: How) -> tuple[_Gated, tuple[Tensor, Tensor, Tensor | None]]:
-    """g, and what is kept for the backward pass: the statistics of x, e and d."""
+def _expand(x: Tensor, expansion: Expansion, how: How, keep: bool) -> tuple[_Gated, tuple[Tensor | None, ...]]:
+    """g, and what is to be kept for the backward pass: the statistics of x, e and d."""
     with torch.autocast("cpu", enabled=False):
         y, statistics = passes.norm(x, how.eps, how.backend)
         bias = expansion.weight @ expansion.norm_bias + expansion.bias
         e = torch.addmm(bias.to(x.dtype), y, _folded_expansion(expansion, x.dtype).t())
         del y
         if expansion.depthwise is None:
-            return _Gated(passes.gate(e, how.images, how.gate, how.backend), None), (statistics, e, None)
-        image = e.view(*how.shape, -1)
-        d, g, sums = passes.depthwise(image, expansion.depthwise, expansion.depthwise_bias, how.gate, how.backend)
-        return _Gated(g.flatten(0, 2), sums / how.pixels), (statistics, e, d.flatten(0, 2))
+            gated, d = _Gated(passes.gate(e, how.images, how.gate, how.backend), None), None
+        else:
+            convolution = expansion.depthwise, expansion.depthwise_bias
+            d, g, sums = passes.depthwise(e.view(*how.shape, -1), *convolution, how.gate, keep, how.backend)
+            gated, d = _Gated(g.flatten(0, 2), sums / how.pixels), d.flatten(0, 2) if keep else None
+        return gated, (statistics, e, d) if keep else ()
 
 
 def _expand_backward(

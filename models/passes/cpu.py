@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from models.compiled.threads import in_huge_pages, run_tasks
-from models.compiled.vector import LANES
+from models.compiled.vector import LANES, ROW
 from models.passes import kernels
-from models.passes.kernels import PIXELS, STRIP, SUMS
+from models.passes.kernels import PIXELS, STRIP, SUMS, TILE
 
 GATES = {"none": kernels.NONE, "self": kernels.SELF, "mutual": kernels.MUTUAL}
 
@@ -23,18 +23,18 @@ def compiled(make, dtype: torch.dtype, *how):
     return make(dtype.itemsize, *how)
 
 
-def _run(kernel, tasks: int, *settings) -> None:
-    """All tasks of a kernel; settings are tensors and numbers."""
-    run_tasks(kernel, tasks, 1, *(s.data_ptr() if isinstance(s, Tensor) else s for s in settings))
+def _run(kernel, tasks: int, *settings, scratch: int = 1) -> None:
+    """All tasks of a kernel, with so many vectors of scratch memory; settings are tensors and numbers."""
+    run_tasks(kernel, tasks, scratch, *(s.data_ptr() if isinstance(s, Tensor) else s for s in settings))
 
 
-def _run_by_channels(kernel, tasks: int, channels: int, *settings) -> None:
+def _run_by_channels(kernel, tasks: int, channels: int, *settings, scratch: int = 1) -> None:
     """Whole vectors of channels first, then those that are left."""
     whole = channels // LANES * LANES
     if whole:
-        _run(kernel, tasks, *settings, 0, whole, LANES)
+        _run(kernel, tasks, *settings, 0, whole, LANES, scratch=scratch)
     if whole < channels:
-        _run(kernel, tasks, *settings, whole, channels, channels - whole)
+        _run(kernel, tasks, *settings, whole, channels, channels - whole, scratch=scratch)
 
 
 def _added_up(parts: Tensor) -> Tensor:
@@ -88,19 +88,19 @@ def gate_backward(dg: Tensor, d: Tensor, images: int, how: str) -> tuple[Tensor,
     return dd, _added_up(parts)[0]
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, h, w, channels = x.shape
     gated = how != "none"
+    keep = keep or not gated
     half = channels // 2 if gated else channels
-    d, g = new(x, n, h, w, channels), new(x, *((n, h, w, half) if gated else (0,)))
+    d, g = new(x, *(x.shape if keep else (0,))), new(x, *((n, h, w, half) if gated else (0,)))
     streams, strips = 2 if how == "mutual" else 1, -(-h // STRIP)
-    tasks = n // streams * strips
     parts = torch.empty(n // streams, strips, streams * half)
-    weight = weight.float().reshape(channels, 9).t().contiguous()
+    weight, bias = weight.float().reshape(channels, 9).t().contiguous(), bias.float().contiguous()
+    settings = x, weight, bias, d, g, parts, keep, n, h, w, channels, GATES[how]
+    scratch = 1 if keep else 2 + streams * TILE * channels * x.itemsize // ROW
     kernel = compiled(kernels.make_depthwise, x.dtype, gated)
-    _run_by_channels(
-        kernel, tasks, half, x, weight, bias.float().contiguous(), d, g, parts, n, h, w, channels, GATES[how]
-    )
+    _run_by_channels(kernel, n // streams * strips, half, *settings, scratch=scratch)
     if not gated:
         return d, g, parts.new_empty(0)
     sums = _added_up(parts).view(-1, streams, half).transpose(0, 1).reshape(n, half)

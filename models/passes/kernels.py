@@ -5,7 +5,8 @@ multiple of sixteen is read into a vector that is filled up with zeros. Numbers 
 2 bytes: `size`), all arithmetic is float32.
 
 Activations are channels_last: (images, height, width, channels) in memory, without gaps. Arguments are addresses and
-numbers. Every kernel works on the tasks `first` to `last` - 1; its scratch memory is one vector.
+numbers. Every kernel works on the tasks `first` to `last` - 1; its scratch memory is one vector if
+it does not say more.
 """
 
 import math
@@ -14,6 +15,7 @@ from numba import float64, int64
 
 from models.compiled.vector import (
     LANES,
+    ROW,
     constant,
     fma,
     get_number,
@@ -47,12 +49,15 @@ def partner(image, images, gate):
 
 
 def make_depthwise(size: int, gated: bool):
-    @kernel((int64,) * 17)
+    @kernel((int64,) * 18)
     def depthwise(
-        scratch, first, last, x, weight, bias, d, g, sums,
+        scratch, first, last, x, weight, bias, d, g, sums, keep,
         images, height, width, channels, gate, from_channel, to_channel, lanes,
     ):  # fmt: skip
-        """d = conv(x) + bias; g = the gate of d; sums (tasks, images of a task, half): g's over the strip."""
+        """d = conv(x) + bias; g = the gate of d; sums (tasks, images of a task, half): g's over the strip.
+
+        Unless d is to be kept, a tile of it lies behind the first vector of the scratch memory.
+        """
         half, halves = (channels // 2, 2) if gated else (channels, 1)
         streams = 2 if gate == MUTUAL else 1
         units, strips = images // streams, (height + STRIP - 1) // STRIP
@@ -78,6 +83,8 @@ def make_depthwise(size: int, gated: bool):
                             w6, w7, w8 = read(k, 4, lanes), read(k + apart, 4, lanes), read(k + 2 * apart, 4, lanes)
                             offset = ((image * height + h) * width + left) * pixel + channel * size
                             row1, out = x + offset, d + offset
+                            if not keep:
+                                out = scratch + ROW + plane // halves * TILE * pixel + channel * size
                             row0, step0, row2, step2 = scratch, 0, scratch, 0  # beyond the edge: zeros
                             if h > 0:
                                 row0, step0 = row1 - width * pixel, pixel
@@ -108,8 +115,12 @@ def make_depthwise(size: int, gated: bool):
                             image = unit + stream * units
                             other = partner(image, images, gate)
                             here = ((image * height + h) * width + left) * pixel
-                            u = d + here + c * size
-                            v = d + ((other * height + h) * width + left) * pixel + (half + c) * size
+                            u, v = d + here, d + ((other * height + h) * width + left) * pixel
+                            if not keep:
+                                u = scratch + ROW + stream * TILE * pixel
+                                v = scratch + ROW + (streams - 1 - stream) * TILE * pixel
+                            u += c * size
+                            v += (half + c) * size
                             out = g + here // 2 + c * size
                             at = sums + 4 * ((task * streams + stream) * half + c)
                             total = read(at, 4, lanes)

@@ -47,13 +47,15 @@ def gate_backward(dg: Tensor, d: Tensor, images: int, how: str, backend: str) ->
 
 
 @custom_op("passes::depthwise", mutates_args=())
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, how: str, keep: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """d, the 3x3 convolution of each channel by itself, its gate g, and the sums of g over each image's pixels.
 
     x: (N, H, W, C); weight: (C, 1, 3, 3); bias: (C). d is like x, g (N, H, W, C / 2), the sums (N, C / 2); without a
-    gate the last two are empty.
+    gate the last two are empty. With a gate d is empty, too, unless it is to be kept for the backward pass.
     """
-    return backend_module(backend).depthwise(x, weight, bias, how)
+    return backend_module(backend).depthwise(x, weight, bias, how, keep)
 
 
 @custom_op("passes::depthwise_backward", mutates_args=())
@@ -92,11 +94,12 @@ def _(dg, d, images, how, backend):
 
 
 @depthwise.register_fake
-def _(x, weight, bias, how, backend):
+def _(x, weight, bias, how, keep, backend):
     if how == "none":
         return torch.empty_like(x), x.new_empty(0), _sums(x, 0)
     n, h, w, channels = x.shape
-    return torch.empty_like(x), x.new_empty(n, h, w, channels // 2), _sums(x, n, channels // 2)
+    d = torch.empty_like(x) if keep else x.new_empty(0)
+    return d, x.new_empty(n, h, w, channels // 2), _sums(x, n, channels // 2)
 
 
 @depthwise_backward.register_fake
@@ -128,7 +131,10 @@ def _gate_gradient(ctx, dg):
 
 
 def _depthwise_setup(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.how = inputs
+    x, weight, bias, how, keep, backend = inputs
+    if not keep:
+        raise RuntimeError("passes::depthwise: gradients need d, which was not to be kept")
+    ctx.how = how, backend
     d, g, sums = output
     ctx.gated = ctx.how[0] != "none"
     ctx.mark_non_differentiable(d if ctx.gated else g, sums)
@@ -139,7 +145,7 @@ def _depthwise_setup(ctx, inputs, output) -> None:
 def _depthwise_gradient(ctx, dd, dg, _):
     d, x, weight = ctx.saved_tensors
     dx, dweight, dbias, _ = depthwise_backward((dg if ctx.gated else dd).contiguous(), d, x, weight, *ctx.how)
-    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_type), None, None
+    return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_type), None, None, None
 
 
 norm.register_autograd(_norm_gradient, setup_context=_norm_setup)

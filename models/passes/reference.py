@@ -35,13 +35,13 @@ def gate_backward(dg: Tensor, d: Tensor, images: int, how: str) -> tuple[Tensor,
     return dd, _sums(dd, 0)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     image, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
     d = F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
     if how == "none":
         return d, d.new_empty(0), d.new_empty(0, dtype=_sum_type(d))
     g = gate(d.flatten(0, 2), len(d), how).view(*d.shape[:3], -1)
-    return d, g, _sums(g, (1, 2))
+    return d if keep else d.new_empty(0), g, _sums(g, (1, 2))
 
 
 def depthwise_backward(
