@@ -101,11 +101,8 @@ def vector_intrinsic(arity, emit):
     def typed(*operands):
         return vector(*operands), lambda context, builder, signature, values: emit(builder, *values)
 
-    if arity == 1:
-        return intrinsic(lambda typingctx, a: typed(a))
-    if arity == 2:
-        return intrinsic(lambda typingctx, a, b: typed(a, b))
-    return intrinsic(lambda typingctx, a, b, c: typed(a, b, c))
+    of_one, of_two = lambda typingctx, a: typed(a), lambda typingctx, a, b: typed(a, b)
+    return intrinsic((of_one, of_two, lambda typingctx, a, b, c: typed(a, b, c))[arity - 1])
 
 
 def multiply_add(builder, a, b, c):
@@ -229,11 +226,15 @@ def row_sums(typingctx, source):
 # Parts of a vector, and bfloat16 in memory ---------------------------------------------------------------
 
 
+def _integers(value: int) -> ir.Constant:
+    return ir.Constant(INTEGERS, [value] * LANES)
+
+
 def _short_mask(builder, lanes):
     """The first `lanes` lanes."""
-    lanes = builder.trunc(lanes, I32)
-    first = builder.insert_element(ir.Constant(INTEGERS, ir.Undefined), lanes, ir.Constant(I32, 0))
-    everywhere = builder.shuffle_vector(first, ir.Constant(INTEGERS, ir.Undefined), ir.Constant(INTEGERS, [0] * LANES))
+    nothing = ir.Constant(INTEGERS, ir.Undefined)
+    first = builder.insert_element(nothing, builder.trunc(lanes, I32), ir.Constant(I32, 0))
+    everywhere = _shuffle(builder, first, nothing, [0] * LANES)
     return builder.icmp_unsigned("<", ir.Constant(INTEGERS, list(range(LANES))), everywhere)
 
 
@@ -273,10 +274,6 @@ def _rounded(builder, value):
     return builder.trunc(rounded, SHORTS)
 
 
-def _integers(value: int) -> ir.Constant:
-    return ir.Constant(INTEGERS, [value] * LANES)
-
-
 class _BFloat(ir.types._BaseFloatType):
     """LLVM's bfloat, which llvmlite doesn't name."""
 
@@ -285,9 +282,6 @@ class _BFloat(ir.types._BaseFloatType):
 
     def __str__(self):
         return "bfloat"
-
-    def format_constant(self, value):
-        raise NotImplementedError
 
 
 _BFloat._create_instance()
@@ -354,10 +348,10 @@ def sum_lanes(typingctx, value):
     """The sum of all lanes, added in halves, as a float64."""
 
     def codegen(context, builder, signature, values):
-        (rows,) = values
+        (sums,) = values
         for s in (8, 4, 2, 1):
-            rows = builder.fadd(rows, _shuffle(builder, rows, rows, [j ^ s for j in range(LANES)]))
-        return builder.fpext(builder.extract_element(rows, ir.Constant(I32, 0)), ir.DoubleType())
+            sums = builder.fadd(sums, _shuffle(builder, sums, sums, [j ^ s for j in range(LANES)]))
+        return builder.fpext(builder.extract_element(sums, ir.Constant(I32, 0)), ir.DoubleType())
 
     return types.float64(value), codegen
 
