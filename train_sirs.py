@@ -85,7 +85,9 @@ def choose_backends(options, world) -> None:
 
 def warn(options, model, log: Callable[[str], None]) -> None:
     """Log what makes the results worth less than they look."""
-    if model.vgg is not None and options.vgg_weights == "random":
+    from models.vgg import Vgg19
+
+    if options.vgg_weights == "random" and any(isinstance(part, Vgg19) for part in model.modules()):
         log("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
         log("         the pyramid's features and the perceptual loss mean little without ImageNet's.")
     if options.demo and options.weight_path == PRETRAINED:

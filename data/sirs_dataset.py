@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from data import physical
 from data.cache import ImageCache
 from data.folders import Pair, Sets
 from data.sampling import Purpose, generator, partners
@@ -17,6 +18,8 @@ from util.errors import UserError
 from util.images import read_image, read_rgb
 
 _ALIGNMENT = 32  # the published protocol evaluates images whose sides are multiples of this
+
+_TONE_SIDE = 160  # of the small copies by which exposures are compared, in pixels
 
 Sample = dict[str, torch.Tensor | str]
 
@@ -30,14 +33,18 @@ class TrainSet(Dataset[Sample]):
     a real pair is mixture minus transmission, in -1..1.
 
     Args:
-        options: seed, crop_size, max_scale, epoch_size, synthesis, cache_images and nThreads are used.
+        options: seed, crop_size, max_scale, epoch_size, synthesis, transplant, identity, reflection, match_tone,
+            cache_images and nThreads are used.
         sets: the images to train on, and their mix.
     """
 
     def __init__(self, options: Namespace, sets: Sets) -> None:
         self.seed = options.seed
         self.crop_size, self.max_scale = options.crop_size, options.max_scale
-        self.draw = {"published": Blend.draw, "wide": Blend.draw_wide}[options.synthesis]
+        self.draw = {"published": Blend.draw, "wide": Blend.draw_wide, "physical": physical.draw}[options.synthesis]
+        self.transplant, self.identity = options.transplant, options.identity
+        self.difference, self.match_tone = options.reflection == "difference", options.match_tone
+        self.tones: dict[Path, np.ndarray] = {}
         self.photographs = sets.photographs
         self.pairs = sets.pairs
         self.sources = list(sets.mix)
@@ -55,16 +62,42 @@ class TrainSet(Dataset[Sample]):
         rng = generator(self.seed, epoch, index, Purpose.SAMPLE)
         source = self.sources[np.searchsorted(self.bounds, rng.random(), side="right")]
         augmentation = Augmentation.draw(rng, self.crop_size, self.max_scale)
+        identity = bool(self.identity) and rng.random() < self.identity
         if source == "synthetic":
             files = [self.photographs[i] for i in partners(self.seed, epoch, index, len(self.photographs))]
             t, r = (augment(self.images.read(file), augmentation) for file in files)
-            mixture, t, r = synthesize(t, r, self.draw(rng))
+            mixture, t, r = self._mix(t, r, rng)
             name = "+".join(file.stem for file in files)
         else:
             pair = self.pairs[source][index % len(self.pairs[source])]
-            mixture, t = (augment(self.images.read(file), augmentation) for file in (pair.mixture, pair.transmission))
+            mixture, t = self._real(pair, augmentation)
             r, name = mixture - t, pair.name
+        if identity:
+            mixture, r = t, np.zeros_like(t)
+        elif self.difference:
+            r = mixture - t
         return _sample(mixture, t, r, f"{source}/{name}")
+
+    def _mix(self, t: np.ndarray, r: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mixture, transmission and reflection of two photographs or, by --transplant, of one and a real pair."""
+        if self.transplant and rng.random() < self.transplant:
+            pairs = [pair for pairs in self.pairs.values() for pair in pairs]
+            pair = pairs[rng.integers(len(pairs))]
+            augmentation = Augmentation.draw(rng, self.crop_size, self.max_scale)
+            return physical.transplant(t, *self._real(pair, augmentation), rng.uniform(0.5, 1.3))
+        blend = self.draw(rng)
+        return synthesize(t, r, blend) if isinstance(blend, Blend) else physical.shine(t, r, blend)
+
+    def _real(self, pair: Pair, augmentation: Augmentation) -> tuple[np.ndarray, np.ndarray]:
+        """Mixture and transmission of a real pair, the latter in the mixture's tone with --match_tone."""
+        mixture, t = (augment(self.images.read(file), augmentation) for file in (pair.mixture, pair.transmission))
+        if not self.match_tone:
+            return mixture, t
+        if pair.mixture not in self.tones:
+            files = (pair.mixture, pair.transmission)
+            small = (np.float32(self.images.read(file).resize((_TONE_SIDE, _TONE_SIDE))) / 255 for file in files)
+            self.tones[pair.mixture] = physical.tone(*small)
+        return mixture, np.clip(t * self.tones[pair.mixture], 0, 1)
 
 
 class TestSet(Dataset[Sample]):

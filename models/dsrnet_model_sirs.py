@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.arch import create_model
-from models.vgg import Vgg19
+from models.features import build_features
 from models.weights import load_weights
 from options.arguments import STRIDE
 from util.errors import UserError
@@ -19,21 +19,22 @@ class DSRNetModel(nn.Module):
 
     Args:
         network: net(mixture, features) -> (transmission, reflection, residue).
-        vgg: VGG19, for the network's features; the loss uses it, too. None for a network with a stem of its own.
+        features: the frozen network whose features the network takes; None for a network with a stem of its own.
         loss: (transmission, reflection, residue, mixture, target_t, target_r) -> dict of weighted terms. None for a
             model that is not trained.
-        bf16: run the network and VGG19 under autocast to bfloat16. VGG19's weights, which never change, are then
-            converted to bfloat16 here; autocast would convert them in every pass.
+        bf16: run the networks under autocast to bfloat16. The frozen ones' weights are then converted to bfloat16
+            here; autocast would convert them in every pass.
     """
 
-    def __init__(self, network: nn.Module, vgg: nn.Module | None, loss: nn.Module | None, bf16: bool = False):
+    def __init__(self, network: nn.Module, features: nn.Module | None, loss: nn.Module | None, bf16: bool = False):
         super().__init__()
         self.network = network
-        self.vgg = vgg
+        self.features = features
         self.loss = loss
         self.bf16 = bf16
-        if bf16 and vgg is not None:
-            vgg.bfloat16()
+        frozen = [features, getattr(getattr(loss, "perceptual", None), "network", None)]
+        for part in (part for part in frozen if bf16 and part is not None):
+            part.bfloat16()
 
     def forward(self, mixture: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
         """The weighted terms of a batch's loss; the images are (B, 3, H, W), H and W multiples of 16."""
@@ -77,10 +78,10 @@ class DSRNetModel(nn.Module):
         return tuple(output.float()[..., :height, :width] for output in outputs)
 
     def _features(self, mixture: Tensor) -> list[Tensor] | None:
-        if not self.network.wants_features:
+        if self.features is None:
             return None
         with torch.no_grad():
-            return self.vgg(mixture)
+            return self.features(mixture)
 
     def _autocast(self, mixture: Tensor) -> torch.autocast:
         return torch.autocast(mixture.device.type, dtype=torch.bfloat16, enabled=self.bf16)
@@ -97,8 +98,10 @@ def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:
         load_weights(network, options.weight_path)
     if options.checkpoint_activations:
         network.checkpoint_activations()
-    vgg = Vgg19(options.vgg_weights) if network.wants_features or options.lambda_vgg else None
+    features = build_features(network.features, options.vgg_weights)
+    kind = options.perceptual if options.lambda_vgg and options.perceptual != "none" else None
+    perceptual = features if kind == network.features else build_features(kind, options.vgg_weights)
     losses = importlib.import_module(f"models.{options.loss}")
-    weights = (options.lambda_vgg, options.lambda_rec, options.lambda_excl, options.lambda_mse)
-    loss = losses.ReflectionLoss(vgg, *weights)
-    return DSRNetModel(network, vgg, loss, bf16)
+    weights = (options.lambda_vgg, options.lambda_rec, options.lambda_excl, options.lambda_mse, options.lambda_l1)
+    loss = losses.ReflectionLoss(perceptual if kind else None, *weights, options.perceptual)
+    return DSRNetModel(network, features, loss, bf16)

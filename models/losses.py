@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.features import CHANNELS, Kind
+
 VGG_TERM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,12 +20,15 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def pixel_loss(estimate: Tensor, target: Tensor, lambda_mse: float = 0.3) -> Tensor:
-    """lambda_mse * mean squared error + 0.6 * mean absolute error of the gradients."""
+def pixel_loss(estimate: Tensor, target: Tensor, lambda_mse: float = 0.3, lambda_l1: float = 0.0) -> Tensor:
+    """lambda_mse * mean squared error + lambda_l1 * mean absolute error + 0.6 * that of the gradients."""
     difference = estimate - target
     # Differences are linear: the gradients' difference is the difference's gradient.
     vertical, horizontal = gradients(difference)
-    return lambda_mse * difference.square().mean() + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
+    colours = lambda_mse * difference.square().mean()
+    if lambda_l1:
+        colours = colours + lambda_l1 * difference.abs().mean()
+    return colours + 0.6 * (vertical.abs().mean() + horizontal.abs().mean())
 
 
 def exclusion_loss(transmission: Tensor, reflection: Tensor, scales: int = 3) -> Tensor:
@@ -42,54 +47,65 @@ def exclusion_loss(transmission: Tensor, reflection: Tensor, scales: int = 3) ->
 
 
 class PerceptualLoss(nn.Module):
-    """Weighted mean absolute differences of the five VGG19 maps of two images.
+    """Weighted mean absolute differences of the feature maps of two images.
 
     Args:
-        vgg: gives the maps of an image normalised with ImageNet's mean and standard deviation.
+        network: gives the maps of an image: VGG19, which gets the image normalised with ImageNet's mean and standard
+            deviation and five published weights, or MobileNetV2, whose four maps count alike.
+        kind: which of them it is.
     """
 
-    def __init__(self, vgg: nn.Module):
+    def __init__(self, network: nn.Module, kind: Kind = "vgg19"):
         super().__init__()
-        self.vgg = vgg
+        self.network, self.kind = network, kind
+        self.weights = VGG_TERM_WEIGHTS if kind == "vgg19" else [1 / len(CHANNELS[kind])] * len(CHANNELS[kind])
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Scalar; no gradient flows to the target."""
         with torch.no_grad():
-            wanted = self.vgg((target - self.mean) / self.std)
-        maps = self.vgg((estimate - self.mean) / self.std)
+            wanted = self._maps(target)
+        maps = self._maps(estimate)
         return sum(
             weight * F.l1_loss(ours.float(), theirs.float())
-            for weight, ours, theirs in zip(VGG_TERM_WEIGHTS, maps, wanted, strict=True)
+            for weight, ours, theirs in zip(self.weights, maps, wanted, strict=True)
         )
+
+    def _maps(self, image: Tensor) -> list[Tensor]:
+        return self.network((image - self.mean) / self.std if self.kind == "vgg19" else image)
 
 
 class ReflectionLoss(nn.Module):
     """The terms whose sum is minimised.
 
     Args:
-        vgg: as of `PerceptualLoss`; None where that term is left out.
+        features: network of the `PerceptualLoss`; None where that term is left out.
         lambda_vgg: weight of the perceptual term; 0 leaves it out.
         lambda_rec: weight of the reconstruction term.
         lambda_excl: weight of the exclusion term.
         lambda_mse: weight of the mean squared error in the pixel terms.
+        lambda_l1: weight of the mean absolute error in the pixel terms.
+        perceptual: which network the features are of.
     """
 
     def __init__(
         self,
-        vgg: nn.Module | None,
+        features: nn.Module | None,
         lambda_vgg: float = 0.01,
         lambda_rec: float = 0.2,
         lambda_excl: float = 1.0,
         lambda_mse: float = 0.3,
+        lambda_l1: float = 0.0,
+        perceptual: Kind = "vgg19",
     ):
         super().__init__()
-        self.perceptual = PerceptualLoss(vgg) if lambda_vgg else None
+        self.perceptual = PerceptualLoss(features, perceptual) if features and lambda_vgg else None
         self.lambda_vgg = lambda_vgg
         self.lambda_rec = lambda_rec
         self.lambda_excl = lambda_excl
         self.lambda_mse = lambda_mse
+        self.lambda_l1 = lambda_l1
 
     def forward(
         self,
@@ -100,16 +116,17 @@ class ReflectionLoss(nn.Module):
         target_t: Tensor,
         target_r: Tensor,
     ) -> dict[str, Tensor]:
-        """Weighted terms t_pixel, r_pixel, vgg (where it has a weight), exclusion and reconstruction, fp32 scalars."""
+        """Weighted terms t_pixel, r_pixel, reconstruction and, where they have a weight, vgg (of whatever features)
+        and exclusion, fp32 scalars."""
         perceptual = {}
         if self.perceptual:  # under autocast, as the network itself
             perceptual["vgg"] = self.lambda_vgg * self.perceptual(transmission, target_t)
         with torch.autocast(mixture.device.type, enabled=False):
             t, r, rest = transmission.float(), reflection.float(), residue.float()
             return {
-                "t_pixel": pixel_loss(t, target_t, self.lambda_mse),
-                "r_pixel": pixel_loss(r, target_r, self.lambda_mse),
+                "t_pixel": pixel_loss(t, target_t, self.lambda_mse, self.lambda_l1),
+                "r_pixel": pixel_loss(r, target_r, self.lambda_mse, self.lambda_l1),
                 **perceptual,
-                "exclusion": self.lambda_excl * exclusion_loss(t, r),
+                **({"exclusion": self.lambda_excl * exclusion_loss(t, r)} if self.lambda_excl else {}),
                 "reconstruction": self.lambda_rec * F.l1_loss(t + r + rest, mixture),
             }

@@ -12,7 +12,7 @@ from torch import Tensor
 from models import tiles
 from models.arch import create_model, list_models
 from models.dsrnet_model_sirs import DSRNetModel
-from models.vgg import Vgg19
+from models.features import build_features
 from models.weights import architecture_of, load_weights
 from options.arguments import STRIDE
 from util.device import available_memory, enough_memory, wants_bf16
@@ -177,12 +177,12 @@ def load_separator(
     rest = load_weights(network, content, str(checkpoint))
     recorded = rest.get("options")
     recorded = recorded if isinstance(recorded, dict) else {}
-    vgg = None
-    if network.wants_features:
-        vgg = Vgg19(vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint))
+    if network.features == "vgg19":
+        vgg_weights = vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint)
+    features = build_features(network.features, vgg_weights)
     device = join(gpu_ids).device
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
-    model = DSRNetModel(network, vgg, loss=None, bf16=bf16).to(device)
+    model = DSRNetModel(network, features, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")
     return Separator(model, tile, overlap, self_ensemble, name, epoch if isinstance(epoch, int) else None)
 

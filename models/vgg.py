@@ -14,6 +14,8 @@ from util.run import checkpoint
 # The five maps follow these numbers of layers of torchvision's vgg19().features: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
 CUTS = (2, 7, 12, 21, 30)
 
+VGG_CHANNELS = (64, 128, 256, 512, 512)
+
 
 class Vgg19(nn.Module):
     """VGG19 up to ReLU 5_1, frozen, in eval mode whatever happens around it.

@@ -243,10 +243,19 @@ def add_data(parser: Parser) -> None:
            metavar=("SYNTHETIC", "REAL", "NATURE"),
            help="how often a sample comes from each training set; missing sets are left out "
                 "and the rest renormalised")  # fmt: skip
-    option(group, WHAT, "--synthesis", choices=("published", "wide"), default="published",
+    option(group, WHAT, "--synthesis", choices=("published", "wide", "physical"), default="published",
            help="how synthetic reflections are made; wide: half of them as sums with an undimmed "
                 "transmission, some weaker, sharper, ghosted, stronger here than there, in linear "
-                "light")  # fmt: skip
+                "light; physical: added as light, with exposures, lamps, veils and panes")  # fmt: skip
+    option(group, WHAT, "--transplant", type=fraction, default=0.0, metavar="SHARE",
+           help="of the synthetic samples, those that get the reflection of a real pair")  # fmt: skip
+    option(group, WHAT, "--identity", type=fraction, default=0.0, metavar="SHARE",
+           help="of all samples, those without any reflection: the mixture is the transmission")  # fmt: skip
+    option(group, WHAT, "--reflection", choices=("layer", "difference"), default="layer",
+           help="what R is to become in synthetic samples: the mirrored photograph, or what it adds to the "
+                "mixture, I - T, as in real pairs")  # fmt: skip
+    option(group, WHAT, "--match_tone", action="store_true",
+           help="bring a real pair's transmission, taken without the glass, to the mixture's exposure")  # fmt: skip
     option(group, WHAT, "--epoch_size", type=natural_int, default=0, metavar="N",
            help="samples an epoch; 0 means as many as all sets hold together")  # fmt: skip
     option(group, WHAT, "--max_dataset_size", type=positive_int, metavar="N",
@@ -287,12 +296,16 @@ def add_recipe(parser: Parser) -> None:
     option(group, WHAT, "--ema", type=fraction, default=0.0, metavar="DECAY",
            help="evaluate and keep an exponential moving average of the weights, such as 0.999; "
                 "0 does not")  # fmt: skip
+    option(group, WHAT, "--perceptual", choices=("vgg19", "mobilenet", "none"), default="vgg19",
+           help="whose features the perceptual loss compares")  # fmt: skip
     option(group, WHAT, "--lambda_vgg", type=natural_float, default=0.01,
-           help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network has "
-                "a stem of its own")  # fmt: skip
+           help="weight of the perceptual loss; 0 leaves it out, and VGG19 with it where the network does "
+                "not take VGG19's features")  # fmt: skip
     option(group, WHAT, "--lambda_excl", type=natural_float, default=1.0, help="weight of the exclusion loss")
     option(group, WHAT, "--lambda_mse", type=natural_float, default=0.3,
            help="weight of the squared errors of T and R; that of their gradients is 0.6")  # fmt: skip
+    option(group, WHAT, "--lambda_l1", type=natural_float, default=0.0,
+           help="weight of the absolute errors of T and R")  # fmt: skip
     option(group, WHAT, "--lambda_rec", type=natural_float, default=0.2, help="weight of |T + R + residue - I|")
 
 

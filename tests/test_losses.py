@@ -93,8 +93,8 @@ def test_weights_converted_once_give_the_same_bits(network, images):
     with torch.autocast("cpu", torch.bfloat16):
         expected = network(images["input"])
         model = DSRNetModel(nn.Identity(), copy.deepcopy(network), None, bf16=True)
-        assert {parameter.dtype for parameter in model.vgg.parameters()} == {torch.bfloat16}
-        found = model.vgg(images["input"])
+        assert {parameter.dtype for parameter in model.features.parameters()} == {torch.bfloat16}
+        found = model.features(images["input"])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -137,7 +137,7 @@ def test_small_enough_for_a_laptop(name):
 def test_a_stem_of_its_own_stands_in_for_vgg():
     """Features of the number and sizes that the pyramid wants, learnt with the rest."""
     net = tiny(stem=(8, 16, 12), neck=8, shuffle=4)
-    assert not net.wants_features and tiny().wants_features
+    assert net.features is None and tiny().features == "vgg19"
     mixture = inputs(32, 48, 2)[0]
     small = torch.nn.functional.pixel_unshuffle(mixture, 4)
     assert [tuple(v.shape) for v in net.stem(small)] == [(2, 8, 8, 12), (2, 16, 4, 6), (2, 12, 2, 3)]
@@ -162,7 +162,7 @@ def test_trains_without_vgg(tmp_path):
         f"--base_dir {tmp_path} --inet dsrnet_xs --lambda_vgg 0 --lambda_excl 0.5 --vgg_weights imagenet".split()
     )
     model = build(options, bf16=False)
-    assert model.vgg is None
+    assert model.features is None
     batch = [torch.from_numpy(image(name, 32, 32, 2)) for name in "abc"]
     terms = model(*batch)
     assert set(terms) == {"t_pixel", "r_pixel", "exclusion", "reconstruction"}
@@ -350,7 +350,7 @@ def test_checkpointed_activations(block):
     """The very same numbers, and less than half as much kept for the backward pass."""
 
     model, batch = step_model(tiny(block=block), bf16=False)
-    net, features = model.network, model.vgg(batch[0])
+    net, features = model.network, model.features(batch[0])
     plain, before = losses_and_gradients(model, batch), bytes_kept(net, lambda: net(batch[0], features))
     net.checkpoint_activations()
     checkpointed, after = losses_and_gradients(model, batch), bytes_kept(net, lambda: net(batch[0], features))

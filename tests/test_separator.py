@@ -208,7 +208,7 @@ def test_networks_with_their_own_stem_need_no_vgg(tmp_path, pixels):
     network = create_model("dsrnet_xs")
     torch.save({"inet": "dsrnet_xs", "network": network.state_dict()}, tmp_path / "xs.pt")
     separator = load_separator(tmp_path / "xs.pt", gpu_ids=[])
-    assert separator.model.vgg is None
+    assert separator.model.features is None
     assert separator.separate(pixels).transmission.shape == pixels.shape
 
 

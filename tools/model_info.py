@@ -90,7 +90,7 @@ def _print_costs(name: str, height: int, width: int, depth: int) -> None:
     print(f"{name}, {height} x {width} pixels")
     print(f"  parameters             {found.parameters:15,}")
     print(f"  forward pass           {found.forward / 1e9:15,.1f} GFLOPs, {found.forward / pixels / 1e3:,.0f} k/pixel")
-    print(f"  VGG19's features       {found.vgg / 1e9:15,.1f} GFLOPs")
+    print(f"  frozen features        {found.vgg / 1e9:15,.1f} GFLOPs")
     print(f"  kept for backward      {found.kept / 1e6:15,.1f} MB, {found.kept / pixels / 1e3:,.1f} kB/pixel\n")
     rows = [("module", "parameters", "share", "GFLOPs", "share")]
     for module in found.modules:

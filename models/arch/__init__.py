@@ -4,7 +4,7 @@ import inspect
 import sys
 from functools import partial
 
-from models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMG
+from models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.mamba import Order
 
@@ -15,6 +15,8 @@ _LARGE = {"width": 64, "encoder": (2, 2, 4, 8), "middle": 12, "decoder": (2, 2, 
 _TINY = {"width": 48, "split": True, "shuffle": 4, "residue": (0, 0), "residual": True}
 _TINY_CONVOLUTIONS = {"encoder": (1, 2), "middle": 3, "decoder": (2, 1), "stem": (32, 64, 96), "neck": 32}
 _TINY_MAMBA = {"encoder": (1, 1), "middle": 2, "decoder": (1, 1), "stem": (24, 48, 64), "neck": 24}
+_MOBILE = {"width": 64, "encoder": (1, 2), "middle": 4, "decoder": (2, 1), "split": True, "shuffle": 4, "neck": 48}
+_MOBILE |= {"features": "mobilenet", "residue": None, "residual": True, "detail": 8}
 
 
 def dsrnet_xs() -> DSRNet:
@@ -54,6 +56,21 @@ def _mdsrnet_xs(order: Order) -> DSRNet:
         return MuGI(channels, split) if channels == _TINY["width"] else MuGIM2(channels, split, order)
 
     return DSRNet(**_TINY | _TINY_MAMBA, block=block)
+
+
+def dsrnet_mobile_xs() -> DSRNet:
+    """DSRNet on MobileNetV2's features, at a quarter of the resolution: 3.9 M parameters."""
+    return DSRNet(**_MOBILE)
+
+
+def madsrnet_xs() -> DSRNet:
+    """dsrnet_mobile_xs whose attention, below the finest level, scans the image at a sixteenth of its size: 4.3 M."""
+
+    def block(channels: int, split: bool) -> Block:
+        finest = _MOBILE["width"]
+        return MuGI(channels, split) if channels == finest else MuGIMA(channels, split, 4 * finest // channels)
+
+    return DSRNet(**_MOBILE, block=block)
 
 
 def dsrnet_s() -> DSRNet:

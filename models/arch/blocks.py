@@ -8,6 +8,7 @@ Every block is two residual steps, x + a * project1(...) and x + b * project2(..
 
     MuGI    attend(gate(depthwise(expand(norm x))))            gate(expand(norm x))
     MuGIM2  mamba(gate(depthwise(expand(norm x))))             gate(expand(norm x))
+    MuGIMA  attend(gate(depthwise(expand(norm x))))            gate(expand(norm x)), attention scans the image
     MuGIM   attend(gate(spread(mamba x)))                      gate(spread(mamba x))
     MuGIMG  attend(mamba gate(depthwise(expand(norm x))))      mamba gate(expand(norm x))
     NAF     as MuGI, with the gate between halves of the same stream
@@ -19,6 +20,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.arch.fused import Gate, expand_and_gate, gate_project_add, norm_project, residual_step
@@ -135,6 +137,59 @@ class MuGIM2(MuGI):
     def step1(self, x: Tensor) -> Tensor:
         g = expand_and_gate(x, self.norm1, self.expand1, self.depthwise)  # (2B, C, H, W)
         return self._add1(self.mamba(g), x)
+
+
+class MambaAttention(nn.Module):
+    """Channel attention that depends on the place: v * (W mean(v) + what a scan over the shrunken image finds there).
+
+    Simplified channel attention (NAFNet) weighs the channels by their mean over the whole image, so the weights are the
+    same everywhere. Here an image Mamba scans the features, averaged over squares and projected to fewer channels, and
+    its result, enlarged again, is added to the weights. It starts as plain channel attention.
+
+    Args:
+        channels: C.
+        pool: side of the squares, in pixels.
+        order: of the scan, as of `ImageMamba`.
+
+    Shapes: (B, C, H, W) -> the same; H and W multiples of `pool`.
+    """
+
+    def __init__(self, channels: int, pool: int, order: Order):
+        super().__init__()
+        inner = max(32, channels // 4)
+        self.pool = pool
+        self.weigh = nn.Conv2d(channels, channels, 1)
+        self.narrow = nn.Conv2d(channels, inner, 1)
+        self.mamba = ImageMamba(inner, order)
+        self.widen = nn.Conv2d(inner, channels, 1, bias=False)
+        nn.init.zeros_(self.widen.weight)
+
+    def forward(self, v: Tensor) -> Tensor:
+        small = F.avg_pool2d(v, self.pool) if self.pool > 1 else v
+        places = self.widen(self.mamba(self.narrow(small)))
+        if self.pool > 1:
+            places = F.interpolate(places, scale_factor=self.pool, mode="bilinear", align_corners=False)
+        return v * (places + self.weigh(small.mean((2, 3), keepdim=True)))
+
+
+class MuGIMA(MuGI):
+    """MuGI whose channel attention is a `MambaAttention`.
+
+    Args:
+        channels, split: as of `Block`.
+        pool, order: as of `MambaAttention`.
+    """
+
+    gates = ("none", "mutual")
+    attends = False
+
+    def __init__(self, channels: int, split: bool = True, pool: int = 1, order: Order = "bidirectional"):
+        super().__init__(channels, split)
+        self.attend = MambaAttention(channels, pool, order)
+
+    def step1(self, x: Tensor) -> Tensor:
+        g = expand_and_gate(x, self.norm1, self.expand1, self.depthwise)  # (2B, C, H, W)
+        return self._add1(self.attend(g), x)
 
 
 class MuGIM(Block):

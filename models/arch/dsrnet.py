@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from models.arch.blocks import NAF, Block, MuGI
 from models.arch.fused import Conv1x1
+from models.arch.head import ColourHead, DetailHead
 from models.arch.lrm import LearnableResidue
+from models.features import CHANNELS, Kind
 from options.arguments import STRIDE
-
-VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 MakeBlock = Callable[[int, bool], nn.Module]
 """block(channels, split) makes a dual-stream block, (2B, C, H, W) -> (2B, C, H, W)."""
@@ -77,7 +77,8 @@ class Pyramid(nn.Module):
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
         """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W)."""
         laterals = [block(_both(v)) for block, v in zip(self.lateral, features, strict=True)]
-        f = F.interpolate(laterals[-1], scale_factor=2, mode="bilinear", align_corners=True)
+        size = features[-2].shape[-2:]  # twice that of the last, or one less
+        f = F.interpolate(laterals[-1], size, mode="bilinear", align_corners=True)
         for level in range(len(laterals) - 2, 0, -1):
             f = self.fuse[level](torch.cat([f, laterals[level]], dim=1))
             f = self.refine[level](F.pixel_shuffle(f, 2))
@@ -139,11 +140,13 @@ class DSRNet(nn.Module):
         split: whether the blocks' second step has a scale of each stream.
         block: makes the U-Net's blocks.
         pyramid_block: makes the pyramid's blocks.
-        stem: channels of a `LearnedStem`; None leaves the features to VGG19.
+        features: the frozen network whose features the pyramid takes.
+        stem: channels of a `LearnedStem`, whose features the pyramid takes instead.
         shuffle: factor by which height and width are divided first, for its square times as many channels.
         neck: channels of the pyramid's last step.
         residue: numbers of blocks of each kind of the `LearnableResidue`; None for no residue, which then is 0.
         residual: whether the transmission is the mixture plus the network's output.
+        detail: channels of a `DetailHead`; 0 for a `ColourHead`.
     """
 
     def __init__(
@@ -155,19 +158,22 @@ class DSRNet(nn.Module):
         split: bool,
         block: MakeBlock = MuGI,
         pyramid_block: MakeBlock = MuGI,
+        features: Kind = "vgg19",
         stem: Sequence[int] | None = None,
         shuffle: int = 1,
         neck: int = 32,
         residue: tuple[int, int] | None = (2, 4),
         residual: bool = False,
+        detail: int = 0,
     ):
         super().__init__()
         colours = 3 * shuffle**2
         self.shuffle, self.residual = shuffle, residual
         self.stem = LearnedStem(colours, stem) if stem else None
-        self.pyramid = Pyramid(stem or VGG_CHANNELS, colours, neck, width, pyramid_block, split)
+        self.features: Kind | None = None if stem else features
+        self.pyramid = Pyramid(stem or CHANNELS[features], colours, neck, width, pyramid_block, split)
         self.unet = UNet(width, encoder, middle, decoder, block, split)
-        self.head = nn.Conv2d(width, colours, 3, padding=1)
+        self.head = DetailHead(width, shuffle, detail) if detail else ColourHead(width, shuffle)
         self.residue = LearnableResidue(width, colours, *residue) if residue else None
         self.to(memory_format=torch.channels_last)
 
@@ -180,18 +186,13 @@ class DSRNet(nn.Module):
             if isinstance(module, Block):
                 module.checkpointed = True
 
-    @property
-    def wants_features(self) -> bool:
-        """Whether `forward` needs VGG19's features."""
-        return self.stem is None
-
     def forward(self, mixture: Tensor, features: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Separate a batch of mixtures.
 
         Args:
             mixture: (B, 3, H, W) in [0, 1]; H and W multiples of 16.
-            features: VGG19's five maps of the mixture as it is, not normalised, (B, 64, H, W) to (B, 512, H/16, W/16);
-                None for a network with a stem of its own.
+            features: maps of the mixture as it is, not normalised, by the frozen network that `features` names: VGG19's
+                are (B, 64, H, W) to (B, 512, H/16, W/16). None for a network with a stem of its own.
 
         Returns:
             Transmission, reflection (around [0, 1], not clipped) and residue (in (-1, 1)), (B, 3, H, W) each.
@@ -203,7 +204,7 @@ class DSRNet(nn.Module):
             raise ValueError(f"height and width must be multiples of {STRIDE}, not {tuple(mixture.shape[-2:])}")
         image = F.pixel_unshuffle(mixture, self.shuffle)  # (B, colours, H / shuffle, W / shuffle)
         x = self.unet(self.pyramid(image, self.stem(image) if self.stem else features))  # (2B, width, H, W)
-        transmission, reflection = F.pixel_shuffle(self.head(x), self.shuffle).chunk(2)
+        transmission, reflection = self.head(x, mixture).chunk(2)
         if self.residual:
             transmission = mixture + transmission
         if self.residue is None:

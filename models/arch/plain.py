@@ -36,7 +36,7 @@ def plain_forward(net: DSRNet, mixture: Tensor, features: list[Tensor]) -> tuple
         x = [F.pixel_shuffle(up(stream), 2) + skip for stream, skip in zip(x, skips.pop(), strict=True)]
         for block in blocks:
             x = _pair(block, *x)
-    t, r = (net.head(stream) for stream in x)
+    t, r = (net.head(stream, mixture) for stream in x)
     x = [m.expand(stream) for stream in x]
     for block in m.interact:
         x = _pair(block, *x)

@@ -18,7 +18,7 @@ RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "
 class Small(nn.Module):
     """Two convolutions, and numbers that only make its checkpoints larger."""
 
-    wants_features = True
+    features = "vgg19"
 
     def __init__(self, ballast: int = 1 << 12):
         super().__init__()

@@ -85,14 +85,14 @@ class PlainModel(nn.Module):
     def __init__(self, model: DSRNetModel):
         super().__init__()
         self.network = model.network.to(memory_format=torch.contiguous_format)
-        self.vgg, self.loss = model.vgg, model.loss
+        self.features, self.loss = model.features, model.loss
 
     def forward(self, image: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
         return self.loss(*self.predict(image), image, target_t, target_r)
 
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            features = [f.contiguous() for f in self.vgg(image)]
+            features = [f.contiguous() for f in self.features(image)]
         return plain_forward(self.network, image, features)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models.scan.flops  # noqa: F401  for FLOP counters to know the scan
 from models.arch import create_model
 from models.arch.blocks import Block
-from models.vgg import Vgg19
+from models.features import build_features
 
 
 def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__) -> int:
@@ -67,13 +67,14 @@ def costs(name: str, height: int, width: int, depth: int) -> Costs:
     """
     with torch.device("meta"):
         network = create_model(name)
-    vgg = Vgg19("random")
+    frozen = build_features(network.features, "random")
     with FakeTensorMode():
         _take_values(network)
-        _take_values(vgg)
+        if frozen:
+            _take_values(frozen)
         image = torch.empty(1, 3, height, width)
         with FlopCounterMode(display=False) as vgg_counter, torch.no_grad():
-            features = vgg(image) if network.wants_features else None
+            features = frozen(image) if frozen else None
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, kept_bytes(network) as kept:
             network(image, features)
         flops = {called: sum(by_kind.values()) for called, by_kind in counter.get_flop_counts().items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.arch import create_model
 from models.arch.blocks import StreamScale
-from models.vgg import Vgg19
+from models.features import build_features
 from models.weights import load_weights
 from util.errors import UserError
 from util.images import write_image
@@ -67,12 +67,12 @@ def receptive_field(
     Raises:
         UserError: the gradient is 0 or not finite.
     """
-    vgg = Vgg19(vgg_weights)
+    frozen = build_features(network.features, vgg_weights)
     noise = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(_SEED))
     total = np.zeros((size, size))
     for image in track(noise, "receptive field", images):
         image = image[None].requires_grad_()
-        features = vgg(image.detach() if hold_features else image) if network.wants_features else None
+        features = frozen(image.detach() if hold_features else image) if frozen else None
         transmission = network(image, features)[0]
         (gradient,) = torch.autograd.grad(transmission[..., size // 2, size // 2].sum(), image)
         total += gradient[0].abs().sum(0).double().numpy() / images
