@@ -2,8 +2,8 @@
 
 Each layer gets an exposure and a white balance of its own. The mirrored layer may hold lamps far brighter than white,
 may be out of focus by up to 20 pixels, doubled by the pane's second surface (Shih et al., CVPR 2015), veiled, and
-confined to a part of the picture. Its strength is drawn as a ratio of the layers' mean light, so neither hides the other by
-accident.
+confined to a part of the picture. Its strength is drawn as a ratio of the layers' mean light, so neither hides the
+other by accident.
 """
 
 from dataclasses import dataclass
