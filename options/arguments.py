@@ -333,7 +333,7 @@ def add_output(parser: Parser) -> None:
 def add_measuring(parser: Parser) -> None:
     group = parser.add_argument_group("measuring")
     group.add_argument("--base_dir", type=Path, required=True, metavar="DIR",
-                       help="folder of the data; its test/**/{blended,transmission_layer} are the test sets")  # fmt: skip
+                       help="data folder; its test/**/{blended,transmission_layer} are the test sets")  # fmt: skip
     group.add_argument("--protocol", choices=("published", "native"), default="published",
                        help="published: resized to multiples of 32, estimates not rounded; native: every pixel, "
                             "estimates rounded to 8 bits, as tools/infer.py saves them")  # fmt: skip
