@@ -10,8 +10,8 @@ from options.arguments import train_parser
 from options.config import DEMO_RECIPE, PRETRAINED, PRETRAINED_RECIPE, as_text, read_config
 from options.parser import Parser
 
-__all__ = ["DEMO_DATA", "PRETRAINED", "PUBLISHED_DATA", "as_text", "parse_evaluate", "parse_infer", "parse_train",
-           "separator_settings"]  # fmt: skip
+__all__ = ["DEMO_DATA", "DEMO_RECIPE", "PRETRAINED", "PUBLISHED_DATA", "as_text", "parse_evaluate", "parse_infer",
+           "parse_train", "separator_settings", "train_parser"]  # fmt: skip
 
 PUBLISHED_DATA = Path("dataset/reflection-removal")
 DEMO_DATA = Path("dataset/demo")
@@ -112,13 +112,13 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def separator_settings(options: argparse.Namespace) -> dict[str, object]:
-    """What options of infer.py, evaluate.py or app.py say to `models.separator.load_separator`."""
+    """The arguments of `models.separator.load_separator`, from the options of infer.py, evaluate.py or app.py."""
     names = ("inet", "vgg_weights", "precision", "gpu_ids", "tile", "overlap", "self_ensemble")
     return {name: getattr(options, name) for name in names if name in options}
 
 
 def _check_checkpoints(parser: Parser, options: argparse.Namespace, files: Sequence[Path]) -> None:
-    """What says which weights, and in what tiles they are used."""
+    """Check the options about the weights and the tiles."""
     for file in files:
         if not arguments.is_file(file):
             parser.error(f"checkpoint {file}: there is no such file")
@@ -134,7 +134,7 @@ def _check_vgg_weights(parser: Parser, options: argparse.Namespace) -> None:
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
-    """Combinations that cannot work."""
+    """Refuse combinations that cannot work."""
     if options.max_scale < 1:
         parser.error(f"--max_scale {options.max_scale:g}: must be at least 1, as a crop has to fit in")
     if sum(options.mix) == 0:

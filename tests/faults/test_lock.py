@@ -1,5 +1,6 @@
 """Two runs in one folder."""
 
+import argparse
 import errno
 import fcntl
 import json
@@ -13,7 +14,7 @@ import pytest
 
 from tests.faults.small import train_small
 from util.errors import UserError
-from util.run import lock
+from util.run import folder, lock
 from util.run.lock import Lock
 
 
@@ -215,15 +216,11 @@ def test_a_run_that_runs_is_not_resumed(tiny_data, tmp_path, small_network, ends
 
 
 def test_new_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
-    import argparse
-
-    from train_sirs import _run_folder
-
     options = argparse.Namespace(checkpoints_dir=tmp_path, name="x", resume=None)
     read, write = os.pipe()
     for _ in range(16):
         if not os.fork():
-            os.write(write, _run_folder(options).name.encode() + b"\n")
+            os.write(write, folder._make(options).name.encode() + b"\n")
             os._exit(0)
     os.close(write)
     for _ in range(16):

@@ -62,7 +62,9 @@ class Record:
             with disk.writing(part):
                 part.mkdir(parents=True, exist_ok=True)
         start = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "torch": str(torch.__version__)}
-        start |= {"machine": platform.platform()} | as_text(options, [START])
+        start |= {"machine": platform.platform()} | {
+            key: value for key, value in as_text(options, [START]).items() if value
+        }
         _write_lines(self.folder.starts, [*read_run(folder).starts, start])
         text = yaml.safe_dump(as_text(options, RECORDED), sort_keys=True, allow_unicode=True)
         with disk.replacing(self.folder.options) as path:
