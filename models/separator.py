@@ -54,6 +54,7 @@ class Separator:
         overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes 128, but not more
             than a quarter of a tile.
         self_ensemble: separate all eight flips and rotations of the image and take the mean.
+        strength: how much of the reflection is removed, from 0 to 1: the transmission is I + strength * (T - I).
 
     Attributes:
         inet: the network's name, if `load_separator` has made this separator.
@@ -69,6 +70,7 @@ class Separator:
         tile: int | None = None,
         overlap: int | None = None,
         self_ensemble: bool = False,
+        strength: float = 1.0,
         inet: str = "",
         epoch: int | None = None,
     ):
@@ -77,7 +79,7 @@ class Separator:
         self.tile = tile or default_tile(model, self.device)
         quarter = max(STRIDE, self.tile // 4 // STRIDE * STRIDE)
         self.overlap = overlap or min(quarter, _USUAL_OVERLAP)
-        self.self_ensemble = self_ensemble
+        self.self_ensemble, self.strength = self_ensemble, strength
         self.inet, self.epoch = inet, epoch
         if self.tile % STRIDE or self.overlap % STRIDE or not 0 < 2 * self.overlap <= self.tile:
             raise UserError(
@@ -141,7 +143,13 @@ class Separator:
         with enough_memory(
             lambda: f"not enough memory to separate {width}x{height} pixels at once: use --tile {smaller} or less"
         ):
-            return _mean_of_eight(image, self.model.predict) if self.self_ensemble else self.model.predict(image)
+            predict = self.predict_whole
+            return _mean_of_eight(image, predict) if self.self_ensemble else predict(image)
+
+    def predict_whole(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Separate (B, 3, H, W) in 0..1, on the separator's device, without tiles, at its strength."""
+        transmission, *rest = self.model.predict(images)
+        return images + self.strength * (transmission - images) if self.strength < 1 else transmission, *rest
 
 
 def load_separator(
@@ -153,6 +161,7 @@ def load_separator(
     tile: int | None = None,
     overlap: int | None = None,
     self_ensemble: bool = False,
+    strength: float = 1.0,
 ) -> Separator:
     """Load a checkpoint, published or our own, for use; of our own the moving average, if there is one.
 
@@ -164,7 +173,7 @@ def load_separator(
         precision: "fp32", "bf16", or "auto": bf16 where the hardware multiplies it natively; None takes that of the
             training, "fp32" if it is not recorded.
         gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
-        tile, overlap, self_ensemble: as of `Separator`.
+        tile, overlap, self_ensemble, strength: as of `Separator`.
 
     Raises:
         UserError: the checkpoint can't be read or doesn't fit, VGG19's weights are missing, or there is no such GPU.
@@ -184,7 +193,7 @@ def load_separator(
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
     model = DSRNetModel(network, features, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")
-    return Separator(model, tile, overlap, self_ensemble, name, epoch if isinstance(epoch, int) else None)
+    return Separator(model, tile, overlap, self_ensemble, strength, name, epoch if isinstance(epoch, int) else None)
 
 
 def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> Separation:

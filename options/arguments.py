@@ -77,6 +77,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """argparse type: a number in [0, 1]."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -207,6 +215,8 @@ def add_tiles(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--overlap", type=sixteens, metavar="PIXELS",
                        help="overlap of neighbouring tiles, at most half a tile "
                             "(default: 128 or a quarter of a tile)")  # fmt: skip
+    group.add_argument("--strength", type=share, default=1.0, metavar="S",
+                       help="how much of the reflection is removed, from 0 to 1: I + S (T - I)")  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true",
                        help="separate every image in its eight flips and rotations and take the mean: a bit better, "
                             "eight times as long")  # fmt: skip
@@ -357,6 +367,9 @@ def add_measuring(parser: Parser) -> None:
                             "estimates rounded to 8 bits, as tools/infer.py saves them")  # fmt: skip
     group.add_argument("-o", "--output", type=Path, metavar="DIR",
                        help="write evaluation.md, .csv, .json and per_image.csv there, over earlier ones")  # fmt: skip
+    group.add_argument("--clean", type=Path, metavar="DIR",
+                       help="also separate the photographs in this folder, which have no reflection: what comes out "
+                            "should be what went in")  # fmt: skip
     group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
                        help="use at most N pairs of each set")  # fmt: skip
     group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",

@@ -4,12 +4,14 @@
 
 Two protocols. `published`: mixtures and targets resized to multiples of 32, estimates not rounded, as the published
 figures were measured and as a training with --if_align records. `native`: every pixel, estimates rounded to 8 bits, as
-tools/infer.py saves them. PSNR is the mean over the channels, as published; PSNR_joint is of all channels together.
+tools/infer.py saves them. PSNR is the mean over the channels, as published; PSNR_joint is of all channels together;
+PSNR_aligned is that after the best brightness and contrast of each channel, so that only structure counts; worse is the
+share of images whose PSNR_joint falls by more than 0.1 dB; median_gain is of PSNR_joint. Beside the untouched input
+stand two changes that cost nothing: a network that doesn't beat them has learnt to darken.
 """
 
-import functools
 import json
-import math
+import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ from util.program import run
 from util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from util.evaluation import Separated
 
 INPUT = "input"
+BASELINES: dict[str, Callable] = {"gamma 1.2": lambda image: image**1.2, "times 0.9": lambda image: 0.9 * image}
+WORSE = 0.1  # dB
+Distance = Callable[["np.ndarray", "np.ndarray"], float]
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ def evaluate(options: Namespace) -> None:
     warnings = doubts(counts, options.protocol)
     lines: list[Line] = []
     rows: list[dict] = []
+    clean: dict[str, list[float]] = {}
     lpips = None
     for checkpoint in options.checkpoints:
         separator = load_separator(checkpoint, **separator_settings(options))
@@ -89,16 +96,19 @@ def evaluate(options: Namespace) -> None:
             lpips, missing = load_lpips(separator.device)
             warnings += [missing] if missing else []
         print(f"{checkpoint}: {separator.inet} on {separator.device}", flush=True)
+        kinds = (INPUT, *BASELINES, "model") if not lines else ("model",)
         measured = {
-            name: measure_set(separator, loader, name, options.protocol, lpips)
+            name: measure_set(separator, loader, name, options.protocol, lpips, () if rows else tuple(BASELINES))
             for name, loader in data.build_test_loaders(chosen, sets).items()
         }
-        if not lines:
-            lines += summarise(INPUT, "", None, {n: [row["input"] for row in found] for n, found in measured.items()})
-        models = {name: [row["model"] for row in found] for name, found in measured.items()}
-        lines += summarise(str(checkpoint), separator.inet, separator.epoch, models)
+        for kind in kinds:
+            of_model = (str(checkpoint), separator.inet, separator.epoch)
+            estimate = of_model if kind == "model" else (kind, "", None)
+            lines += summarise(*estimate, {n: [row[kind] for row in found] for n, found in measured.items()})
         rows += [{"checkpoint": str(checkpoint), "set": n, **row} for n, found in measured.items() for row in found]
-    text = as_markdown(lines, warnings, options)
+        if options.clean:
+            clean |= measure_clean(separator, str(checkpoint), options.clean, not clean)
+    text = as_markdown(lines, warnings, options) + clean_as_markdown(clean)
     print("\n" + text)
     if options.output:
         write(options, lines, rows, warnings, text)
@@ -130,31 +140,82 @@ def measure_set(
     loader: "Loader",
     name: str,
     protocol: str,
-    lpips: Callable[["Tensor", "Tensor"], float] | None,
+    lpips: "Distance | None",
+    baselines: Sequence[str],
 ) -> list[dict]:
-    """Measure every image of a set, and its untouched input.
+    """Measure every image of a set, its untouched input and what the baselines make of that.
 
     Returns:
-        Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}}.
+        Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}, baseline: ...}.
     """
-    from util.evaluation import measure, measure_images, separate_batches
+    from util.evaluation import measure_images, separate_batches
     from util.progress import track
 
     native = protocol == "native"
-    predict = separator.predict if native else lambda image: separator.model.predict(image.to(separator.device))
-    further: dict[str, dict] = {}
+    predict = separator.predict if native else lambda image: separator.predict_whole(image.to(separator.device))
+    distances: dict[str, dict] = {}
 
     def images() -> Iterator["Separated"]:
         for one in separate_batches(track(loader, f"evaluating {name}", len(loader)), predict):
-            further[one.name] = _further(one, native, lpips)  # not in a thread: LPIPS computes on the GPU
+            if lpips:  # not in a thread: LPIPS computes on the GPU
+                estimates = _estimates(one, native, baselines)
+                distances[one.name] = {
+                    kind: {"LPIPS": lpips(e, _pixels(one.target_t))} for kind, e in estimates.items()
+                }
             yield one
 
-    rows = measure_images(images(), separator.device, functools.partial(measure, rounded=native))
-    return [row | {kind: row[kind] | further[row["name"]][kind] for kind in ("model", "input")} for row in rows]
+    def measure(one: "Separated") -> dict[str, dict[str, float]]:
+        return judge(_estimates(one, native, baselines), _pixels(one.target_t))
+
+    rows = measure_images(images(), separator.device, measure)
+    for row in rows:
+        for kind, found in distances.get(row["name"], {}).items():
+            row[kind] |= found
+    return rows
 
 
-def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], float] | None, str]:
-    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (3, H, W) images in 0..1, or why there is none."""
+def judge(estimates: Mapping[str, "np.ndarray"], target: "np.ndarray") -> dict[str, dict[str, float]]:
+    """The metrics of every estimate of an image, INPUT among them; (H, W, 3) in 0..255."""
+    from util.metrics import aligned_psnr, joint_psnr, quality_assess
+
+    found: dict[str, dict[str, float]] = {}
+    for kind, image in estimates.items():
+        found[kind] = quality_assess(image, target)
+        found[kind] |= {"PSNR_joint": joint_psnr(image, target), "PSNR_aligned": aligned_psnr(image, target)}
+    untouched = found[INPUT]["PSNR_joint"]
+    for values in found.values():
+        gain = values["PSNR_joint"] - untouched
+        values |= {"worse": float(gain < -WORSE), "gain": gain}
+    return found
+
+
+def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bool) -> dict[str, list[float]]:
+    """PSNR_joint of what comes out of photographs without reflections, against what went in, by estimate.
+
+    Raises:
+        UserError: there is no photograph, or one can't be read.
+    """
+    from data.folders import find_images
+    from util.errors import UserError
+    from util.images import read_image
+    from util.metrics import joint_psnr
+    from util.progress import track
+
+    files = find_images(folder)
+    if not files:
+        raise UserError(f"--clean {folder}: no photograph in it")
+    found: dict[str, list[float]] = {}
+    for file in track(files, "clean photographs", len(files)):
+        image = read_image(file)
+        estimates = {kind: change(image) for kind, change in BASELINES.items()} if baselines else {}
+        for kind, estimate in {**estimates, name: separator.separate(image).transmission}.items():
+            rounded = (estimate.clip(0, 1) * 255 + 0.5).astype("uint8")
+            found.setdefault(kind, []).append(joint_psnr(rounded, image * 255))
+    return found
+
+
+def load_lpips(device: "torch.device") -> tuple["Distance | None", str]:
+    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (H, W, 3) images in 0..255, or why there is none."""
     try:
         import lpips
 
@@ -167,25 +228,25 @@ def load_lpips(device: "torch.device") -> tuple[Callable[["Tensor", "Tensor"], f
     import torch
 
     @torch.no_grad()
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float(network(*(2 * x[None].to(device) - 1 for x in (a, b))))
+    def distance(a: "np.ndarray", b: "np.ndarray") -> float:
+        images = (torch.from_numpy(x).permute(2, 0, 1)[None].float().to(device) for x in (a, b))
+        return float(network(*(x / 127.5 - 1 for x in images)))
 
     return distance, ""
 
 
-def _further(one: "Separated", rounded: bool, lpips: Callable | None) -> dict[str, dict[str, float]]:
-    """The metrics that the published figures don't have."""
-    from util.metrics import PSNR_LIMIT
-
-    estimate = one.transmission.clamp(0, 1)
+def _estimates(one: "Separated", rounded: bool, baselines: Sequence[str]) -> dict[str, "np.ndarray"]:
+    """The transmission, what the baselines make of the mixture, and the mixture; (H, W, 3) in 0..255."""
+    found = {"model": one.transmission.clamp(0, 1)} | {name: BASELINES[name](one.mixture) for name in baselines}
+    pixels = {kind: _pixels(image) for kind, image in found.items()}
     if rounded:
-        estimate = (estimate * 255 + 0.5).floor() / 255
-    found: dict[str, dict[str, float]] = {}
-    for kind, image in (("model", estimate), ("input", one.mixture)):
-        # The published PSNR is the mean over the channels, which one almost perfect channel can dominate.
-        mse = max(float((image - one.target_t).square().mean()), 10 ** (-PSNR_LIMIT / 10))
-        found[kind] = {"PSNR_joint": -10 * math.log10(mse)} | ({"LPIPS": lpips(image, one.target_t)} if lpips else {})
-    return found
+        pixels = {kind: (image + 0.5) // 1 for kind, image in pixels.items()}
+    return pixels | {INPUT: _pixels(one.mixture)}
+
+
+def _pixels(image: "Tensor") -> "np.ndarray":
+    """(3, H, W) in 0..1 to (H, W, 3) in 0..255."""
+    return image.permute(1, 2, 0).numpy() * 255
 
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
@@ -193,8 +254,15 @@ def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str
     from util.evaluation import mean_over_images, mean_over_sets
 
     sets = {name: mean_over_images(rows) for name, rows in measured.items()}
-    averages = {title: mean_over_sets([sets[name] for name in names]) for title, names in averaged_sets(sets).items()}
-    return [Line(estimate, inet, epoch, title, *mean) for title, mean in (sets | averages).items()]
+    averaged = averaged_sets(sets)
+    averages = {title: mean_over_sets([sets[name] for name in names]) for title, names in averaged.items()}
+    lines = []
+    for title, (count, values) in (sets | averages).items():
+        gains = [row["gain"] for name in averaged.get(title, [title]) for row in measured[name]]
+        values = {metric: value for metric, value in values.items() if metric != "gain"}
+        values["median_gain"] = statistics.median(gains)
+        lines.append(Line(estimate, inet, epoch, title, count, values))
+    return lines
 
 
 def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespace) -> str:
@@ -205,7 +273,7 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
     estimates = list(dict.fromkeys(line.estimate for line in lines))
     metrics = list(lines[0].values)
     found = {(line.estimate, line.set): line for line in lines}
-    for pair in [metrics[:2], metrics[2:4], metrics[4:]]:
+    for pair in [metrics[:2], metrics[2:4], metrics[4:6], metrics[6:]]:
         rows = []
         for estimate in estimates:
             line = found[estimate, AVERAGE]
@@ -220,8 +288,17 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
     return "\n".join(parts)
 
 
+def clean_as_markdown(clean: Mapping[str, Sequence[float]]) -> str:
+    """A table of `measure_clean`, or nothing."""
+    if not clean:
+        return ""
+    count = len(next(iter(clean.values())))
+    rows = [[name, f"{statistics.mean(found):.1f}", f"{min(found):.1f}"] for name, found in clean.items()]
+    return "\n" + tables.as_markdown([[f"PSNR_joint of clean photographs ({count})", "mean", "worst"], *rows])
+
+
 def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:
-    digits = {"PSNR": 2, "PSNR_joint": 2}
+    digits = {"PSNR": 2, "PSNR_joint": 2, "PSNR_aligned": 2, "median_gain": 2}
     shown = zip(values, metrics, strict=True)
     return " / ".join("-" if value is None else f"{value:.{digits.get(metric, 3)}f}" for value, metric in shown)
 
@@ -233,7 +310,7 @@ def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warni
         UserError: they can't be written.
     """
     plain = [line.plain() for line in lines]
-    metrics = list(lines[0].values)
+    metrics = list(rows[0]["model"])
     images = [
         {key: row[key] for key in ("checkpoint", "set", "name")}
         | {metric: row["model"][metric] for metric in metrics}

@@ -60,16 +60,11 @@ def separate_batches(batches: Iterable[dict], predict: Callable[[Tensor], tuple[
             yield Separated(name, mixture, *parts, target_t, target_r)
 
 
-def measure(one: Separated, rounded: bool = False) -> dict[str, dict[str, float]]:
-    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255.
-
-    Args:
-        one: the image.
-        rounded: round the estimate to 8 bits, as a file holds it; the published protocol doesn't.
-    """
-    target, estimate = _pixels(one.target_t), _pixels(one.transmission.clamp(0, 1))
+def measure(one: Separated) -> dict[str, dict[str, float]]:
+    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255."""
+    target = _pixels(one.target_t)
     return {
-        "model": quality_assess(np.floor(estimate + 0.5) if rounded else estimate, target),
+        "model": quality_assess(_pixels(one.transmission.clamp(0, 1)), target),
         "input": quality_assess(_pixels(one.mixture), target),
     }
 

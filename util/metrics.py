@@ -46,6 +46,27 @@ def quality_assess(estimate: np.ndarray, target: np.ndarray) -> dict[str, float]
     }
 
 
+def joint_psnr(estimate: np.ndarray, target: np.ndarray) -> float:
+    """PSNR in dB of all channels together, at most 100; (H, W, 3) in 0..255.
+
+    The published PSNR is the mean over the channels, which one almost perfect channel can dominate.
+    """
+    error = np.mean(np.square(estimate.astype(np.float64) - target))
+    return float(10 * np.log10(PEAK**2 / max(error, PEAK**2 / 10 ** (PSNR_LIMIT / 10))))
+
+
+def aligned_psnr(estimate: np.ndarray, target: np.ndarray) -> float:
+    """`joint_psnr` of the estimate with the brightness and contrast of each channel that fit the target best.
+
+    So only structure counts: an estimate that is merely darker or paler loses nothing.
+    """
+    x, y = (image.reshape(-1, 3).astype(np.float64) for image in (estimate, target))
+    x, y = x - x.mean(0), y - y.mean(0)
+    energy = np.square(x).sum(0)
+    slope = np.divide((x * y).sum(0), energy, out=np.zeros(3), where=energy > 0)
+    return joint_psnr(slope * x, y)
+
+
 def _psnr(x: np.ndarray, y: np.ndarray) -> float:
     error = np.square(x - y).mean((0, 1))
     floor = PEAK**2 / 10 ** (PSNR_LIMIT / 10)
