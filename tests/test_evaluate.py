@@ -67,7 +67,8 @@ def rows_of(path: Path) -> list[dict]:
 def test_published_protocol_is_what_the_training_recorded(finished, published):
     measured = {(row["estimate"], row["set"]): row for row in rows_of(published / "evaluation.csv")}
     lines = [line for line in read_metrics(finished) if line["set"] != "val" and line["epoch"] in (0, 1)]
-    assert len(lines) == len(measured) == 6, "two sets and the average, input and model"
+    assert len(lines) == 6, "two sets and the average, input and model"
+    assert len(measured) == 12 and {"gamma 1.2", "times 0.9"} < {estimate for estimate, _ in measured}
     for line in lines:
         estimate = "input" if line["estimate"] == "input" else str(finished / "last.pt")
         row = measured[estimate, line["set"]]
@@ -131,10 +132,13 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
     line = [finished / "last.pt", finished / "best.pt", "--base_dir", small, "--max_dataset_size", "1", "-o", tmp_path]
     assert program.run(evaluate.main, [*map(str, line), "--gpu_ids=-1", "--nThreads=0"]) == 0
     rows = rows_of(tmp_path / "evaluation.csv")
-    assert [row["estimate"] for row in rows[::3]] == ["input", *(str(finished / f"{n}.pt") for n in ("last", "best"))]
+    checkpoints = [str(finished / f"{name}.pt") for name in ("last", "best")]
+    baselines = ["input", "gamma 1.2", "times 0.9"]
+    assert {row["estimate"] for row in rows} == {*baselines, *checkpoints}
+    assert [row["estimate"] for row in rows[::3]][:3] == baselines
     assert all(row["images"] == "1" for row in rows if row["set"] != "average")
     assert all(float(row["LPIPS"]) > 0 for row in rows)
-    assert "PSNR_joint / LPIPS" in (tmp_path / "evaluation.md").read_text()
+    assert "worse / LPIPS" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_lpips_that_cannot_be_had_is_told(monkeypatch):
@@ -148,6 +152,43 @@ def test_lpips_that_cannot_be_had_is_told(monkeypatch):
     assert "weights can't be had (no network)" in evaluate.load_lpips(torch.device("cpu"))[1]
 
 
+def test_an_image_is_judged_by_structure_and_harm():
+    rng = np.random.default_rng(0)
+    target = rng.uniform(0, 200, (16, 16, 3))
+    mixture = 0.5 * target + 60 + rng.uniform(0, 20, target.shape)
+    estimates = {
+        "input": mixture,
+        "darker": 0.6 * mixture,
+        "clean": target,
+        "worse": mixture + 30 * rng.random((16, 16, 3)),
+    }
+    found = evaluate.judge(estimates, target)
+    assert found["darker"]["PSNR_aligned"] == pytest.approx(found["input"]["PSNR_aligned"])
+    assert found["clean"]["PSNR_aligned"] == found["clean"]["PSNR_joint"] == 100
+    assert found["worse"]["PSNR_aligned"] < found["input"]["PSNR_aligned"]
+    assert [found[kind]["worse"] for kind in ("input", "clean", "worse")] == [0, 0, 1]
+    assert found["clean"]["gain"] == pytest.approx(100 - found["input"]["PSNR_joint"])
+
+
+def test_means_medians_and_shares():
+    rows = [{"gain": gain, "worse": float(gain < -0.1)} for gain in (-1.0, 0.0, 4.0)]
+    lines = {line.set: line.values for line in evaluate.summarise("x", "", None, {"a": rows, "b": rows[2:]})}
+    assert lines["a"] == {"worse": pytest.approx(1 / 3), "median_gain": 0.0}
+    assert lines["average"] == {"worse": pytest.approx(1 / 4), "median_gain": 2.0}
+
+
+def test_clean_photographs_are_compared_with_themselves(small, finished, tmp_path, capsys):
+    photographs = small / "test/demo_clip/transmission_layer"
+    assert run(small, finished, "--clean", photographs, "--strength", "0") == 0
+    text = capsys.readouterr().out
+    assert "PSNR_joint of clean photographs (2)" in text
+    assert re.search(rf"\| {re.escape(str(finished / 'last.pt'))} \| 100.0 \| 100.0 \|", text), "nothing is removed"
+    assert re.search(r"\| gamma 1.2 \| \d\d\.\d \|", text)
+    (tmp_path / "empty").mkdir()
+    assert run(small, finished, "--clean", tmp_path / "empty") == 2
+    assert "no photograph in it" in capsys.readouterr().err
+
+
 def test_published_sets_are_told_from_others():
     counts = {name: TEST_SETS[name].images for name in AVERAGED_SETS}
     assert evaluate.doubts(counts, "published") == evaluate.doubts(counts | {"Nature": 20}, "published") == []
@@ -156,8 +197,10 @@ def test_published_sets_are_told_from_others():
 
 
 def test_averages_count_images():
-    rows = {name: [{"PSNR": float(i)}] * TEST_SETS[name].images for i, name in enumerate(AVERAGED_SETS)}
-    lines = {line.set: line for line in evaluate.summarise("x", "", None, rows | {"Nature": [{"PSNR": 9.0}] * 20})}
+    rows = {name: [{"PSNR": float(i), "gain": 0.0}] * TEST_SETS[name].images for i, name in enumerate(AVERAGED_SETS)}
+    lines = {
+        line.set: line for line in evaluate.summarise("x", "", None, rows | {"Nature": [{"PSNR": 9.0, "gain": 1}] * 20})
+    }
     assert lines["average_published"].count == 474 and lines["average"].count == 494
     assert lines["average_published"].values["PSNR"] == pytest.approx((200 + 2 * 199 + 3 * 55) / 474)
     assert "average_published" not in {
