@@ -14,6 +14,7 @@ from models.arch.lrm import LearnableResidue
 from models.arch.plain import plain_forward
 from models.dsrnet_model_sirs import DSRNetModel, build
 from models.losses import ReflectionLoss
+from models.mobilenet import MobileNetV2
 from models.vgg import Vgg19
 from models.weights import load_weights, translate
 from options import parse_train
@@ -120,8 +121,9 @@ def test_named_model(name):
     net = create_model(name)
     if name in PARAMETERS:
         assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    mixture, features = inputs(16, 32, 1)
     with torch.no_grad():
-        outputs = net(*inputs(16, 32, 1))
+        outputs = net(mixture, MobileNetV2()(mixture) if net.features == "mobilenet" else features)
     assert [tuple(o.shape) for o in outputs] == [(1, 3, 16, 32)] * 3
     assert all(torch.isfinite(o).all() for o in outputs)
     assert outputs[2].abs().max() < 1
