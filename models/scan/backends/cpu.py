@@ -9,6 +9,9 @@ recomputes the states of one tile in scratch memory, and follows the adjoint rec
 
 Work is divided by shape alone, never by the number of threads, and every sum runs in a fixed order: results
 are bit-equal for any number of threads.
+
+It is one file on purpose, though a long one: both passes and the loading of tiles share one layout of scratch memory,
+and whoever changes one of them must read the others.
 """
 
 import math
