@@ -167,7 +167,7 @@ def bad(photograph, tmp_path) -> dict[str, Path]:
     paths["heavy"].write_bytes(bytes(1_100_000))
     return {
         "text.png: not an image, or damaged": paths["text"],
-        "truncated.png: cannot be read": paths["truncated"],
+        "truncated.png: truncated": paths["truncated"],
         "huge.png: more than 1,000,000 pixels; scale it down": paths["huge"],
         "exceed the maximum allowed size of 1.0 Mb": paths["heavy"],
     }

@@ -214,13 +214,13 @@ def test_a_file_larger_than_any_photograph_is_not_read(tmp_path, reader):
 
 def test_a_file_that_is_cut_short_while_it_is_read_does_no_harm(tmp_path):
     """Were it mapped into memory, as PIL does with plain files that it is given by name, SIGBUS would end us."""
-    path = tmp_path / "a.pgm"
-    pixels = np.arange(2000 * 2000, dtype=np.uint8).reshape(2000, 2000)
+    path = tmp_path / "a.bmp"
+    pixels = np.random.default_rng(0).integers(0, 256, (2000, 2000), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    with opened(path) as image:
-        image.load()
+    with opened(path) as picture:
+        colours, _ = picture.samples()
         os.truncate(path, 5000)
-        assert image.tobytes() == pixels.tobytes()
+        assert np.array_equal(colours[:, :, 0], pixels)
 
 
 def patched(content: bytes, place: int, value: int, form: str) -> bytes:
