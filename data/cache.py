@@ -48,6 +48,8 @@ class ImageCache:
         # The system provides a page when it is first written to, so an unused part takes no memory.
         self.pixels = torch.empty(budget, dtype=torch.uint8).share_memory_()
         self.entries = torch.zeros(len(files), _COLUMNS, dtype=torch.int64).share_memory_()
+        # Width and height, and the box within the pixels, of what was decoded at a smaller size; zeros for all others.
+        self.full = torch.zeros(len(files), 6, dtype=torch.float64).share_memory_()
         self.used = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # bytes of each worker's part
 
     def read(self, file: Path) -> Image.Image:
@@ -58,7 +60,11 @@ class ImageCache:
         if self.entries[number, -1]:  # written last, so looked at first
             start, height, width, _ = self.entries[number].tolist()
             pixels = self.pixels[start : start + 3 * height * width].view(height, width, 3)
-            return Image.fromarray(pixels.numpy())
+            image = Image.fromarray(pixels.numpy())
+            if self.full[number, 0]:
+                full_width, full_height, *extent = self.full[number].tolist()
+                image.info = {"size": (int(full_width), int(full_height)), "extent": tuple(extent)}
+            return image
         image = read_rgb(file, self.least)
         self._keep(number, image)
         return image
@@ -75,5 +81,7 @@ class ImageCache:
         start = part * room + used
         self.pixels[start : start + len(pixels)] = pixels
         self.used[part] = used + len(pixels)
+        if "extent" in image.info:
+            self.full[number] = torch.tensor([*image.info["size"], *image.info["extent"]], dtype=torch.float64)
         self.entries[number, :-1] = torch.tensor([start, image.height, image.width])
         self.entries[number, -1] = 1

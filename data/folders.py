@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from util.errors import UserError, printable
+from util.formats import UNREAD_SUFFIXES
 from util.images import SUFFIXES, check_image
 from util.published import TEST_SETS
 
@@ -26,6 +28,7 @@ _LAYOUT = f"""Expected below it, any part of which may be missing:
   {PAIR_SETS["nature"]}/{{blended,transmission_layer}}/  pairs of the same name
   test/ANY/NAME/{{blended,transmission_layer[,reflection_layer]}}/  pairs to test on"""
 _MOST_PROBLEMS = 50
+_LEAST_SIDE = 7  # pixels of a test image: SSIM's window, see `util.metrics`
 _CHECKERS = 4  # threads: checking mostly waits for the disk
 _PATIENCE = 2.0  # seconds before a progress bar is worth showing
 
@@ -96,34 +99,38 @@ def discover(options: Namespace) -> Sets:
     training pairs, which are many, only the beginning and the end of each file are checked.
 
     Args:
-        options: base_dir, max_dataset_size, demo, skip_bad_images and nEpochs are used; if nEpochs is above 0, also
-            mix and val_split. With nEpochs 0, training sets are ignored.
+        options: base_dir, max_dataset_size, demo, skip_bad_images, if_align and nEpochs are used; mix and val_split,
+            too, if nEpochs is above 0 (otherwise the training sets are not even looked for).
 
     Returns:
         The sets that exist.
 
     Raises:
-        UserError: there is nothing to train on or nothing to test; or, without --skip_bad_images, some files can't be
-            used (damaged images, images without a partner, pairs of different size, names that no record can hold).
-            The message lists them all.
+        UserError: there is nothing to do what was asked for, or there are files that cannot be used (damaged images,
+            images without a partner, pairs of different size, test images too small to be measured, names that no
+            record could hold) and are not to be skipped, all of which the one message lists.
     """
     base, limit = options.base_dir, options.max_dataset_size
     problems: list[str] = []
     photographs: list[Path] = []
     pairs: dict[str, list[Pair]] = {}
     validation: list[Pair] = []
+    unread: list[Path] = []
     training = options.nEpochs > 0
     if training:
-        photographs = find_images(base / PHOTOGRAPHS)[:limit]
+        photographs = find_images(base / PHOTOGRAPHS, unread)[:limit]
         for name, folder in PAIR_SETS.items():
-            found = find_pairs(base / folder, problems)[:limit]
+            found = find_pairs(base / folder, problems, unread)[:limit]
             held_out = _held_out(found, options.val_split)
             validation += [pair for pair in found if pair in held_out]
             pairs[name] = [pair for pair in found if pair not in held_out]
-    tests = {name: find_pairs(folder, problems)[:limit] for name, folder in find_test_sets(base / "test").items()}
+    test_folders = find_test_sets(base / "test")
+    tests = {name: find_pairs(folder, problems, unread)[:limit] for name, folder in test_folders.items()}
     decoded = [*validation, *(pair for found in tests.values() for pair in found)]
     glanced = [pair for found in pairs.values() for pair in found]
     image_sizes, unusable = _check(base, photographs, glanced, decoded)
+    if not options.if_align:  # which makes them larger
+        unusable |= _too_small(decoded, image_sizes)
     problems += unusable.values()
     if not options.skip_bad_images and problems:
         raise UserError(f"--base_dir {base}: {_listed(problems, 'cannot be used')}")
@@ -141,6 +148,9 @@ def discover(options: Namespace) -> Sets:
         raise UserError(f"--base_dir {base}: there isn't {wanted}. {_LAYOUT}")
     mix, missing = _mix(held, options) if training else ({}, [])
     missing += _missing_tests(tests, options.demo)
+    if unread:
+        names = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
+        missing.append(f"WARNING: {len(unread)} pictures are of formats that are not read, and left out: {names}")
     return Sets(photographs, pairs, validation, tests, mix, missing, image_sizes, problems)
 
 
@@ -156,24 +166,31 @@ def _count(photographs: list[Path], pairs: dict[str, list[Pair]]) -> dict[str, i
     return {"synthetic": len(photographs) // 2, **{name: len(found) for name, found in pairs.items()}}
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name; none if there is no folder."""
+def find_images(folder: Path, unread: list[Path] | None = None) -> list[Path]:
+    """Image files of a folder by name, none where there is no folder; pictures of formats that are not read go to
+    `unread`."""
     try:
         files = sorted(folder.iterdir(), key=lambda file: file.name)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
-    return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    files = [file for file in files if not file.name.startswith(".")]
+    if unread is not None:
+        unread += [file for file in files if file.suffix.lower() in UNREAD_SUFFIXES]
+    return [file for file in files if file.suffix.lower() in SUFFIXES]
 
 
-def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
-    """The pairs of a set, sorted by name. Messages about images without a partner, or with two, go to `problems`."""
+def find_pairs(folder: Path, problems: list[str], unread: list[Path] | None = None) -> list[Pair]:
+    """The pairs of a set by name; what has no partner, or is there twice, goes to `problems`.
+
+    Names are compared in Unicode's normal form C: a Mac takes letters with accents apart, others do not.
+    """
     layers, doubled = {}, set()
     for layer in LAYERS:
-        files = find_images(folder / layer)
-        layers[layer] = {file.stem: file for file in files}
-        for stem, count in Counter(file.stem for file in files).items():
+        files = find_images(folder / layer, unread)
+        layers[layer] = {_normal(file.stem): file for file in files}
+        for stem, count in Counter(_normal(file.stem) for file in files).items():
             if count > 1:
                 doubled.add(stem)
                 problems.append(f"{folder / layer / stem}: {count} files of that name")
@@ -186,11 +203,15 @@ def find_pairs(folder: Path, problems: list[str]) -> list[Pair]:
         if name in doubled:
             continue
         if len(files) == len(layers):
-            complete.append(Pair(name, files[MIXTURE], files[TRANSMISSION], files.get(REFLECTION)))
+            complete.append(Pair(files[MIXTURE].stem, files[MIXTURE], files[TRANSMISSION], files.get(REFLECTION)))
         else:
             lacking = " and ".join(str(folder / layer) for layer in layers if layer not in files)
             problems.append(f"{next(iter(files.values()))}: no image of that name in {lacking}")
-    return complete
+    return sorted(complete, key=lambda pair: pair.name)
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def find_test_sets(root: Path) -> dict[str, Path]:
@@ -239,6 +260,16 @@ def _check(
                 (w, h), (expected_w, expected_h) = sizes[file], sizes[pair.mixture]
                 unusable[file] = f"{file}: {w}x{h} pixels, but {pair.mixture} has {expected_w}x{expected_h}"
     return sizes, unusable
+
+
+def _too_small(pairs: list[Pair], sizes: dict[Path, tuple[int, int]]) -> dict[Path, str]:
+    """What is wrong with images that are too small to be measured."""
+    return {
+        file: f"{file}: {sizes[file][0]}x{sizes[file][1]} pixels; SSIM needs {_LEAST_SIDE} a side (or --if_align)"
+        for pair in pairs
+        for file in pair.files
+        if min(sizes.get(file, (_LEAST_SIDE, _LEAST_SIDE))) < _LEAST_SIDE
+    }
 
 
 def _size_or_problem(base: Path, whole: set[Path], file: Path) -> tuple[int, int] | str:

@@ -53,18 +53,26 @@ def augment(image: Image.Image, augmentation: Augmentation) -> np.ndarray:
     cropping first gives the same distribution, and only the pixels of the crop have to be computed.
 
     Args:
-        image: RGB, of any size. Images of equal size are cropped at the same place, others at the same relative place.
+        image: RGB, of any size. Images of one size get the very same treatment, others the same relative one. Of an
+            image that was decoded at a smaller size (see `read_rgb`), the full size counts, so that a pair stays
+            aligned of which only one can be decoded so.
         augmentation: what to do.
 
     Returns:
         float32 (crop_size, crop_size, 3) in 0..1.
     """
     crop = augmentation.crop_size
-    width, height = scaled_size(*image.size, augmentation.short_side)
+    start_x, start_y, end_x, end_y = image.info.get("extent", (0, 0, *image.size))
+    width, height = scaled_size(*image.info.get("size", image.size), augmentation.short_side)
     left = int(augmentation.across * (width - crop + 1))
     top = int(augmentation.down * (height - crop + 1))
-    x, y = image.width / width, image.height / height  # source pixels per scaled pixel
-    box = (left * x, top * y, min((left + crop) * x, image.width), min((top + crop) * y, image.height))
+    x, y = (end_x - start_x) / width, (end_y - start_y) / height  # source pixels a scaled pixel
+    box = (
+        start_x + left * x,
+        start_y + top * y,
+        min(start_x + (left + crop) * x, end_x),
+        min(start_y + (top + crop) * y, end_y),
+    )
     pixels = np.asarray(image.resize((crop, crop), Image.Resampling.BICUBIC, box=box))
     if augmentation.flip:
         pixels = pixels[:, ::-1]

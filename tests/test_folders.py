@@ -156,13 +156,13 @@ def test_max_dataset_size_takes_the_first_by_name(base):
 
 def test_held_out_pairs_depend_on_their_own_name_alone(tmp_path):
     names = [f"{i}" for i in range(60)]
-    write_pairs(tmp_path / "train/real", names, width=4, height=4)
+    write_pairs(tmp_path / "train/real", names, width=8, height=8)
     few = discover(options_for(tmp_path, "--val_split", 0.2))
     held_out = {pair.name for pair in few.validation}
     assert 4 <= len(held_out) <= 22  # 12 expected, four standard deviations either way
     assert held_out | {pair.name for pair in few.pairs["real"]} == set(names)
     assert not held_out & {pair.name for pair in few.pairs["real"]}
-    write_pairs(tmp_path / "train/real", [f"more{i}" for i in range(60)], width=4, height=4)
+    write_pairs(tmp_path / "train/real", [f"more{i}" for i in range(60)], width=8, height=8)
     many = discover(options_for(tmp_path, "--val_split", 0.2))
     assert {pair.name for pair in many.validation if not pair.name.startswith("more")} == held_out
     more = discover(options_for(tmp_path, "--val_split", 0.5))
