@@ -6,6 +6,7 @@ Published names are kept, so published commands run unchanged.
 import argparse
 import functools
 import os
+import stat
 from pathlib import Path
 
 from options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
@@ -18,13 +19,26 @@ _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether the file exists; unlike `Path.is_file`, False instead of an error for a name that no file can have."""
-    return os.path.isfile(path)  # noqa: PTH113
+    """Whether the file exists; unlike `Path.is_file`, False instead of an error for a name that no file can have.
+
+    Raises:
+        PermissionError: a folder before it may not be searched.
+    """
+    return stat.S_ISREG(_mode(path))
 
 
 def is_folder(path: str | Path) -> bool:
     """Whether the folder exists; see `is_file`."""
-    return os.path.isdir(path)  # noqa: PTH112
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_mode  # noqa: PTH116
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return 0
 
 
 def positive_int(text: str) -> int:

@@ -5,20 +5,18 @@
 From Python: `from tools.infer import load_separator, remove_reflection`; see `models.separator`.
 """
 
-import glob
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_infer, separator_settings
-from util.errors import UserError
+from util.errors import UserError, printable
+from util.jobs import Job, Plan, find_jobs, status
 from util.program import Interrupted, run
 
 if TYPE_CHECKING:
@@ -26,8 +24,8 @@ if TYPE_CHECKING:
 
     from models.separator import Separator
     from util.photographs import Photograph
+    from util.progress import Progress
 
-_KINDS = ("t", "r", "residue", "sidebyside")
 _PART = {"t": "transmission", "r": "reflection", "residue": "residue"}
 
 
@@ -38,15 +36,6 @@ def __getattr__(name: str):
     from models import separator
 
     return getattr(separator, name)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A photograph, the format of the results, and their files by kind."""
-
-    source: Path
-    form: str
-    outputs: dict[str, Path]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,69 +60,94 @@ def infer(options: Namespace) -> int:
     from util.device import release_freed_memory
     from util.progress import Progress
 
-    jobs = find_jobs(options)
-    todo, skipped, failed = [], 0, 0
-    for job in jobs:
-        existing = [kind for kind, path in job.outputs.items() if path.exists()]
-        if options.resume and len(existing) == len(job.outputs):
-            skipped += 1
-        elif existing and not (options.overwrite or options.resume):
-            print(f"error: {job.outputs[existing[0]]} exists; --overwrite or --resume", file=sys.stderr)
-            failed += 1
-        else:
-            missing = {k: path for k, path in job.outputs.items() if options.overwrite or k not in existing}
-            todo.append(Job(job.source, job.form, missing))
+    plan = find_jobs(options)
+    todo, skipped, problems = _todo(plan, options)
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
     began = time.monotonic()
-    done = 0
+    done, failed = 0, len(problems)
     if todo:
         separator = _load(options)
         progress = Progress("separating", len(todo))
         for job in todo:
-            try:
-                separate_file(separator, job)
-                done += 1
-            except UserError as error:
-                failed += 1
-                progress.log(f"error: {error}")
+            made, whole = _try(separator, job, progress)
+            done, failed = done + made, failed + (not whole)
             release_freed_memory()  # the next photograph may be of another size
             progress.step(f"{progress.done / (time.monotonic() - began):.2f} images/s")
         progress.close()
     seconds = time.monotonic() - began
     rate = f" in {seconds:.1f} s, {done / seconds:.2f} images/s" if done else ""
-    print(f"{done} separated{rate}; {skipped} done before, {failed} failed")
+    print(f"{done} separated{rate}; {skipped} done before, {failed} failed{_left_out(plan)}")
     return 1 if failed else 0
 
 
-def find_jobs(options: Namespace) -> list[Job]:
-    """The photographs and their results, in order.
+def _try(separator: "Separator", job: Job, progress: "Progress") -> tuple[bool, bool]:
+    """Do a job, and tell what is wrong; whether anything was made, and whether everything was."""
+    refused = []
+
+    def refuse(line: str) -> None:
+        refused.append(line)
+        progress.log(f"error: {line}")
+
+    try:
+        separate_file(separator, job, refuse, lambda line: progress.log(f"note: {printable(job.source)}: {line}"))
+    except UserError as error:
+        progress.log(f"error: {error}")
+        return False, False
+    return True, not refused
+
+
+def _left_out(plan: Plan) -> str:
+    """How many files were passed over, for the closing line, and which."""
+    parts = ""
+    for files, why in ((plan.made, "as made by an earlier call"), (plan.unread, "as of formats that are not read")):
+        if files:
+            names = ", ".join(printable(file) for file in files[:3]) + (", ..." if len(files) > 3 else "")
+            parts += f"; {len(files)} left out {why} ({names})"
+    return parts
+
+
+def _todo(plan: Plan, options: Namespace) -> tuple[list[Job], int, list[str]]:
+    """The jobs that are left to do, how many are done, and a line for each that can't be done.
 
     Raises:
-        UserError: a path names no photograph, or two photographs have the same output.
+        UserError: the format that was asked for can't be written here.
     """
-    from util.photographs import format_of, suffix_for
+    from util.photographs import check_format
 
-    jobs, made = [], set()
-    for source, folder, found in _sources(options.paths):
-        form = options.format or format_of(source)
-        suffix = suffix_for(source, form)
-        place = options.output / folder if options.output else source.parent
-        outputs = {kind: place / f"{source.stem}_{kind}{suffix}" for kind in _KINDS}
-        made |= {(path.parent.resolve(), path.stem) for path in outputs.values()}
-        jobs.append((Job(source, form, {kind: outputs[kind] for kind in options.save}), found))
-    # The results of an earlier call are not photographs to separate.
-    kept = [job for job, found in jobs if not (found and (job.source.parent.resolve(), job.source.stem) in made)]
-    counts = Counter(path for job in kept for path in job.outputs.values())
-    for path, count in counts.items():
-        if count > 1:
-            sources = [str(job.source) for job in kept if path in job.outputs.values()]
-            raise UserError(f"{' and '.join(sources[:2])} would both become {path}; separate them one after the other")
-    return kept
+    if options.format:
+        check_format(options.format)
+    todo, skipped, problems = [], 0, list(plan.problems)
+    for job in plan.jobs:
+        try:
+            existing = [kind for kind, path in job.outputs.items() if status(path)]
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if options.resume and len(existing) == len(job.outputs):
+            skipped += 1
+        elif existing and not (options.overwrite or options.resume):
+            problems.append(f"{job.outputs[existing[0]]} exists; --overwrite or --resume")
+        else:
+            missing = {k: path for k, path in job.outputs.items() if options.overwrite or k not in existing}
+            todo.append(Job(job.source, job.form, missing))
+    return todo, skipped, problems
 
 
-def separate_file(separator: "Separator", job: Job) -> "Photograph":
-    """Separate a photograph and write the results.
+def separate_file(
+    separator: "Separator",
+    job: Job,
+    refuse: Callable[[str], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> "Photograph":
+    """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
 
-    To save memory, the photograph and the results are held at 8 or 16 bits, and everything else in bands of rows.
+    Args:
+        separator: the network.
+        job: the photograph.
+        refuse: called, before anything is computed, with a line for each file that the format can't hold; the others
+            are made. Without it, and where there are no others, that is an error.
+        note: called with a line for everything that the photograph's file says and that is left out.
 
     Returns:
         The photograph.
@@ -147,6 +161,7 @@ def separate_file(separator: "Separator", job: Job) -> "Photograph":
     from util.progress import track
 
     photograph = read_photograph(job.source)
+    job = _fitting(job, photograph, refuse)
     depth = depth_of(photograph, job.form)
     height, width = photograph.pixels.shape[:2]
     if "sidebyside" in job.outputs:
@@ -165,13 +180,36 @@ def separate_file(separator: "Separator", job: Job) -> "Photograph":
         for kind, band in zip(kinds, bands, strict=True):
             shown = band / 2 + 0.5 if kind == "residue" else band
             images[kind][top : top + len(band)] = _quantised(shown, depth)
+    notes = list(photograph.notes)
     for kind, path in job.outputs.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be made: {error.strerror}") from error
-        write_photograph(path, images[kind], photograph, job.form)
+        notes += write_photograph(path, images[kind], photograph, job.form)
+    for line in dict.fromkeys(notes):
+        note(line)
     return photograph
+
+
+def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] | None) -> Job:
+    """The job without the files that the format can't hold."""
+    from util.photographs import check_fits, check_format
+
+    check_format(job.form)
+    height, width = photograph.pixels.shape[:2]
+    outputs, refused = {}, []
+    for kind, path in job.outputs.items():
+        try:
+            check_fits(path, 4 * width if kind == "sidebyside" else width, height, job.form)
+            outputs[kind] = path
+        except UserError as error:
+            refused.append(error)
+    if refused and (not refuse or not outputs):
+        raise refused[0]
+    for error in refused:
+        refuse(str(error))
+    return Job(job.source, job.form, outputs)
 
 
 def _load(options: Namespace) -> "Separator":
@@ -182,29 +220,6 @@ def _load(options: Namespace) -> "Separator":
     separator = load_separator(options.checkpoint, **separator_settings(options))
     print(f"{separator.inet} on {separator.device}, tiles of {separator.tile} pixels", flush=True)
     return separator
-
-
-def _sources(paths: list[str]) -> Iterator[tuple[Path, Path, bool]]:
-    """Each photograph once: the file, its folder relative to the named one, and whether a folder or pattern had it."""
-    from util.photographs import READABLE
-
-    seen = set()
-    for path in paths:
-        top = Path(path)
-        if top.is_dir():
-            files = [(file, file.parent.relative_to(top), True) for file in sorted(top.rglob("*"))]
-        elif top.is_file():
-            files = [(top, Path(), False)]
-        else:
-            files = [(Path(name), Path(), True) for name in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207
-        if not top.is_file():
-            files = [f for f in files if f[0].suffix.lower() in READABLE and f[0].name[0] != "." and f[0].is_file()]
-        if not files:
-            raise UserError(f"{path}: " + ("has no photographs in it" if top.is_dir() else "there is no such file"))
-        for file, folder, found in files:
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
-                yield file, folder, found
 
 
 def _quantised(band: "np.ndarray", depth: "np.dtype") -> "np.ndarray":

@@ -1,5 +1,6 @@
 """Writes to a disk that may be full, read-only or gone: a file is written whole or not at all, and errors name it."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from util.errors import UserError
 
-_TEMPORARY = ".tmp-"  # in front of the name, so that the suffix still shows the kind of file
+_LONGEST_NAME = 255  # bytes
+_TEMPORARY = ".tmp-"  # hidden, and before the name, so that the suffix still tells the kind of file
 
 
 @contextmanager
@@ -38,18 +40,26 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
     Raises:
         UserError: the file can't be written; nothing of it is left.
     """
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        with writing(path, option):
-            yield path
-        return
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     with writing(path, option):
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        temporary = path.with_name(_temporary_name(path))
         try:
             yield temporary
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path) -> str:
+    """A name beside that of `path` and not longer than file systems allow, if that of `path` isn't."""
+    name = f"{_TEMPORARY}{os.getpid()}-{path.name}"
+    if len(os.fsencode(name)) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
+    return f"{_TEMPORARY}{os.getpid()}-{digest}{path.suffix[-16:]}"
 
 
 def remove_temporary(folder: Path) -> None:

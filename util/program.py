@@ -1,6 +1,7 @@
 """How every program starts and ends: its streams, the signals, one line for an error, the exit status."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TextIO
 
-from util.errors import UserError
+from util.errors import UserError, printable
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 # Ctrl-C; kill, Slurm's scancel and the end of its time limit; a closed terminal; what --signal sends before either.
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+# What is wrong with a path that was named, wherever it is looked at first: a name that is too long, links in a circle,
+# a folder that may not be searched.
+_OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 _SAME = 1.0  # signals within this many seconds count as one: torchrun passes on what its processes have received, too
 
 
@@ -26,9 +30,9 @@ def run(
 ) -> int:
     """Call a program's `main(argv)` and return its exit status.
 
-    The status is what `main` returns (None means 0), 2 after a UserError or a missing package, which are printed as one
-    message to stderr, and 128 + the signal's number (130 for Ctrl-C) after a signal. Nothing of this shows a traceback;
-    a defect of the program does.
+    The status is what `main` returns (None means 0), 2 after a UserError, a missing package or a path that can't be
+    followed, which are printed as one message to stderr, and 128 + the signal's number (130 for Ctrl-C) after a signal.
+    Nothing of this shows a traceback; a defect of the program does.
 
     Args:
         main: takes the arguments (None: those of the command line); should import what is slow to import, or not in
@@ -49,6 +53,10 @@ def run(
         return _fail(_advice(error, requirements))
     except BrokenPipeError:  # the reader of the output has left; prints don't fail, but a library's writes may
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        return _fail(f"{printable(os.fsdecode(error.filename))}: {error.strerror}")
     except (Interrupted, KeyboardInterrupt) as stop:
         number = getattr(stop, "number", signal.SIGINT)
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
