@@ -19,8 +19,9 @@ from tools import evaluate, infer
 from train_sirs import train
 from util import program
 from util.errors import UserError
+from util.evaluation import judge
 from util.images import read_image
-from util.metrics import quality_assess
+from util.metrics import load_lpips, quality_assess
 from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
 from util.run.reader import METRICS, read_metrics
 
@@ -143,13 +144,13 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
 
 def test_lpips_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert evaluate.load_lpips(torch.device("cpu")) == (None, "LPIPS is left out: the package lpips is not installed.")
+    assert load_lpips(torch.device("cpu")) == (None, "LPIPS is left out: the package lpips is not installed.")
 
     def fail(**_):
         raise OSError("no network")
 
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=fail))
-    assert "weights can't be had (no network)" in evaluate.load_lpips(torch.device("cpu"))[1]
+    assert "weights can't be had (no network)" in load_lpips(torch.device("cpu"))[1]
 
 
 def test_an_image_is_judged_by_structure_and_harm():
@@ -162,7 +163,7 @@ def test_an_image_is_judged_by_structure_and_harm():
         "clean": target,
         "worse": mixture + 30 * rng.random((16, 16, 3)),
     }
-    found = evaluate.judge(estimates, target)
+    found = judge(estimates, target)
     assert found["darker"]["PSNR_aligned"] == pytest.approx(found["input"]["PSNR_aligned"])
     assert found["clean"]["PSNR_aligned"] == found["clean"]["PSNR_joint"] == 100
     assert found["worse"]["PSNR_aligned"] < found["input"]["PSNR_aligned"]

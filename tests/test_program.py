@@ -22,6 +22,7 @@ PROGRAMS = {
     "tools.benchmark": (["scan"], "tools.benchmarks.scan.run_scan"),
     "tools.evaluate": ([WEIGHTS, "--base_dir", "."], "tools.evaluate.evaluate"),
     "tools.export": ([WEIGHTS, "-o", "x.safetensors"], "tools.export.export"),
+    "tools.convert_mobilenet": (["x.tflite"], "tools.convert_mobilenet.convert"),
     "tools.infer": (["x.png"], "tools.infer.infer"),
     "tools.model_info": (["dsrnet_xs"], "tools.model_info.show"),
     "tools.prepare_data": (["check", "."], "tools.preparation.check.check"),

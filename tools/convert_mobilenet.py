@@ -6,25 +6,50 @@ scale * (q - zero point). Needs the package tflite.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.mobilenet import WEIGHTS, MobileNetV2, SameConv2d
+from options.arguments import is_file
+from options.parser import Parser
 from util.program import run
-from util.run import checkpoint
 
 
-def main() -> int:
-    """The program; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="convert_mobilenet.py", description=__doc__)
     parser.add_argument("file", type=Path, help="the .tflite file")
-    parser.add_argument("-o", "--output", type=Path, default=WEIGHTS, help="where the weights go")
-    options = parser.parse_args()
-    import tflite
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where the weights go (default: beside the "
+                        "other bundled ones)")  # fmt: skip
+    convert(parser.parse_args(argv))
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Convert the file.
+
+    Raises:
+        UserError: it can't be read, or the package tflite is missing.
+    """
+    import numpy as np
+    import torch
+
+    from models.mobilenet import WEIGHTS, MobileNetV2, SameConv2d
+    from util.errors import UserError
+    from util.run import checkpoint
+
+    try:
+        import tflite
+    except ImportError as error:
+        raise UserError("the package tflite is missing: pip install tflite") from error
+    if not is_file(options.file):
+        raise UserError(f"{options.file}: there is no such file")
+
+    def values(tensor) -> np.ndarray:
+        """The float32 values of a quantised tensor."""
+        kinds = {0: np.float32, 2: np.int32, 3: np.uint8, 9: np.int8}
+        raw = graph_of.Buffers(tensor.Buffer()).DataAsNumpy().view(kinds[tensor.Type()])
+        scale, zero = tensor.Quantization().ScaleAsNumpy(), tensor.Quantization().ZeroPointAsNumpy()
+        return (np.float32(scale) * (raw.astype(np.float32) - np.float32(zero))).reshape(tensor.ShapeAsNumpy())
 
     graph_of = tflite.Model.GetRootAsModel(options.file.read_bytes(), 0)
     graph = graph_of.Subgraphs(0)
@@ -34,7 +59,7 @@ def main() -> int:
         code = graph_of.OperatorCodes(operator.OpcodeIndex())
         kind = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
         if kind in (tflite.BuiltinOperator.CONV_2D, tflite.BuiltinOperator.DEPTHWISE_CONV_2D):
-            weight, bias = (_values(graph_of, graph.Tensors(operator.Inputs(k))) for k in (1, 2))
+            weight, bias = (values(graph.Tensors(operator.Inputs(k))) for k in (1, 2))
             # (out, h, w, in), or (1, h, w, channels) of a depthwise one
             depthwise = kind == tflite.BuiltinOperator.DEPTHWISE_CONV_2D
             convolutions.append((weight.transpose((3, 0, 1, 2) if depthwise else (0, 3, 1, 2)), bias))
@@ -46,17 +71,7 @@ def main() -> int:
         state |= {f"{name}.weight": torch.from_numpy(weight.copy()), f"{name}.bias": torch.from_numpy(bias)}
     network.load_state_dict(state)
     about = {"origin": "mobilenet_v2_1.0_224_quant.tflite, google-coral/test_data", "licence": "Apache-2.0"}
-    checkpoint.save_weights({name: value.half() for name, value in state.items()}, about, options.output)
-    return 0
-
-
-def _values(graph_of, tensor) -> np.ndarray:
-    """The float32 values of a quantised tensor."""
-    kinds = {0: np.float32, 2: np.int32, 3: np.uint8, 9: np.int8}
-    raw = graph_of.Buffers(tensor.Buffer()).DataAsNumpy().view(kinds[tensor.Type()])
-    quantization = tensor.Quantization()
-    scale, zero = quantization.ScaleAsNumpy(), quantization.ZeroPointAsNumpy()
-    return (np.float32(scale) * (raw.astype(np.float32) - np.float32(zero))).reshape(tensor.ShapeAsNumpy())
+    checkpoint.save_weights({name: value.half() for name, value in state.items()}, about, options.output or WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,18 +27,12 @@ from util.program import run
 from util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
     from data.loader import Loader
     from models.separator import Separator
     from util.evaluation import Separated
+    from util.metrics import Distance
 
 INPUT = "input"
-BASELINES: dict[str, Callable] = {"gamma 1.2": lambda image: image**1.2, "times 0.9": lambda image: 0.9 * image}
-WORSE = 0.1  # dB
-Distance = Callable[["np.ndarray", "np.ndarray"], float]
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,8 @@ def evaluate(options: Namespace) -> None:
     import data
     from models.separator import load_separator
     from util.device import keep_freed_memory, set_deterministic
+    from util.evaluation import BASELINES
+    from util.metrics import load_lpips
 
     set_deterministic(seed=0)
     keep_freed_memory()
@@ -148,7 +144,7 @@ def measure_set(
     Returns:
         Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}, baseline: ...}.
     """
-    from util.evaluation import measure_images, separate_batches
+    from util.evaluation import estimates_of, judge, measure_images, pixels, separate_batches
     from util.progress import track
 
     native = protocol == "native"
@@ -158,35 +154,18 @@ def measure_set(
     def images() -> Iterator["Separated"]:
         for one in separate_batches(track(loader, f"evaluating {name}", len(loader)), predict):
             if lpips:  # not in a thread: LPIPS computes on the GPU
-                estimates = _estimates(one, native, baselines)
-                distances[one.name] = {
-                    kind: {"LPIPS": lpips(e, _pixels(one.target_t))} for kind, e in estimates.items()
-                }
+                estimates = estimates_of(one, native, baselines)
+                distances[one.name] = {kind: {"LPIPS": lpips(e, pixels(one.target_t))} for kind, e in estimates.items()}
             yield one
 
     def measure(one: "Separated") -> dict[str, dict[str, float]]:
-        return judge(_estimates(one, native, baselines), _pixels(one.target_t))
+        return judge(estimates_of(one, native, baselines), pixels(one.target_t))
 
     rows = measure_images(images(), separator.device, measure)
     for row in rows:
         for kind, found in distances.get(row["name"], {}).items():
             row[kind] |= found
     return rows
-
-
-def judge(estimates: Mapping[str, "np.ndarray"], target: "np.ndarray") -> dict[str, dict[str, float]]:
-    """The metrics of every estimate of an image, INPUT among them; (H, W, 3) in 0..255."""
-    from util.metrics import aligned_psnr, joint_psnr, quality_assess
-
-    found: dict[str, dict[str, float]] = {}
-    for kind, image in estimates.items():
-        found[kind] = quality_assess(image, target)
-        found[kind] |= {"PSNR_joint": joint_psnr(image, target), "PSNR_aligned": aligned_psnr(image, target)}
-    untouched = found[INPUT]["PSNR_joint"]
-    for values in found.values():
-        gain = values["PSNR_joint"] - untouched
-        values |= {"worse": float(gain < -WORSE), "gain": gain}
-    return found
 
 
 def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bool) -> dict[str, list[float]]:
@@ -197,6 +176,7 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
     """
     from data.folders import find_images
     from util.errors import UserError
+    from util.evaluation import BASELINES
     from util.images import read_image
     from util.metrics import joint_psnr
     from util.progress import track
@@ -212,41 +192,6 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
             rounded = (estimate.clip(0, 1) * 255 + 0.5).astype("uint8")
             found.setdefault(kind, []).append(joint_psnr(rounded, image * 255))
     return found
-
-
-def load_lpips(device: "torch.device") -> tuple["Distance | None", str]:
-    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (H, W, 3) images in 0..255, or why there is none."""
-    try:
-        import lpips
-
-        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
-    except ImportError:
-        return None, "LPIPS is left out: the package lpips is not installed."
-    except Exception as error:  # whatever fetching its weights runs into
-        return None, f"LPIPS is left out: its weights can't be had ({' '.join(str(error).split())})."
-
-    import torch
-
-    @torch.no_grad()
-    def distance(a: "np.ndarray", b: "np.ndarray") -> float:
-        images = (torch.from_numpy(x).permute(2, 0, 1)[None].float().to(device) for x in (a, b))
-        return float(network(*(x / 127.5 - 1 for x in images)))
-
-    return distance, ""
-
-
-def _estimates(one: "Separated", rounded: bool, baselines: Sequence[str]) -> dict[str, "np.ndarray"]:
-    """The transmission, what the baselines make of the mixture, and the mixture; (H, W, 3) in 0..255."""
-    found = {"model": one.transmission.clamp(0, 1)} | {name: BASELINES[name](one.mixture) for name in baselines}
-    pixels = {kind: _pixels(image) for kind, image in found.items()}
-    if rounded:
-        pixels = {kind: (image + 0.5) // 1 for kind, image in pixels.items()}
-    return pixels | {INPUT: _pixels(one.mixture)}
-
-
-def _pixels(image: "Tensor") -> "np.ndarray":
-    """(3, H, W) in 0..1 to (H, W, 3) in 0..255."""
-    return image.permute(1, 2, 0).numpy() * 255
 
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:

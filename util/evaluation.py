@@ -14,9 +14,13 @@ from torch import Tensor
 from util import disk
 from util.device import release_freed_memory
 from util.images import write_image
-from util.metrics import quality_assess
+from util.metrics import aligned_psnr, joint_psnr, quality_assess
+
+BASELINES: dict[str, Callable] = {"gamma 1.2": lambda image: image**1.2, "times 0.9": lambda image: 0.9 * image}
+"""Changes of the mixture that cost nothing; (3, H, W) or (H, W, 3) in 0..1."""
 
 _THREADS = 4  # that measure beside a GPU
+_WORSE = 0.1  # dB that count as harm
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,33 @@ def separate_batches(batches: Iterable[dict], predict: Callable[[Tensor], tuple[
 
 def measure(one: Separated) -> dict[str, dict[str, float]]:
     """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255."""
-    target = _pixels(one.target_t)
+    target = pixels(one.target_t)
     return {
-        "model": quality_assess(_pixels(one.transmission.clamp(0, 1)), target),
-        "input": quality_assess(_pixels(one.mixture), target),
+        "model": quality_assess(pixels(one.transmission.clamp(0, 1)), target),
+        "input": quality_assess(pixels(one.mixture), target),
     }
+
+
+def estimates_of(one: Separated, rounded: bool, baselines: Sequence[str]) -> dict[str, np.ndarray]:
+    """The transmission, what the baselines make of the mixture, and the mixture; (H, W, 3) in 0..255."""
+    found = {"model": one.transmission.clamp(0, 1)} | {name: BASELINES[name](one.mixture) for name in baselines}
+    estimates = {kind: pixels(image) for kind, image in found.items()}
+    if rounded:
+        estimates = {kind: np.floor(image + 0.5) for kind, image in estimates.items()}
+    return estimates | {"input": pixels(one.mixture)}
+
+
+def judge(estimates: Mapping[str, np.ndarray], target: np.ndarray) -> dict[str, dict[str, float]]:
+    """The metrics of every estimate of an image, "input" among them; (H, W, 3) in 0..255."""
+    found: dict[str, dict[str, float]] = {}
+    for kind, image in estimates.items():
+        found[kind] = quality_assess(image, target)
+        found[kind] |= {"PSNR_joint": joint_psnr(image, target), "PSNR_aligned": aligned_psnr(image, target)}
+    untouched = found["input"]["PSNR_joint"]
+    for values in found.values():
+        gain = values["PSNR_joint"] - untouched
+        values |= {"worse": float(gain < -_WORSE), "gain": gain}
+    return found
 
 
 def write_layers(one: Separated, files: Mapping[str, Path]) -> None:
@@ -118,6 +144,6 @@ def mean_over_sets(sets: Sequence[Mean]) -> Mean:
     return Mean(sum(counts), values)
 
 
-def _pixels(image: Tensor) -> np.ndarray:
+def pixels(image: Tensor) -> np.ndarray:
     """(3, H, W) in 0..1 to (H, W, 3) in 0..255."""
     return image.permute(1, 2, 0).numpy() * 255

@@ -1,8 +1,16 @@
 """How close an estimated transmission is to the truth: the four metrics that the field reports."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
+
+if TYPE_CHECKING:
+    import torch
+
+Distance = Callable[[np.ndarray, np.ndarray], float]
 
 PEAK = 255.0
 PSNR_LIMIT = 100.0
@@ -44,6 +52,27 @@ def quality_assess(estimate: np.ndarray, target: np.ndarray) -> dict[str, float]
         "LMSE": _lmse(x, y),
         "NCC": _ncc(x, y),
     }
+
+
+def load_lpips(device: "torch.device") -> tuple[Distance | None, str]:
+    """LPIPS with AlexNet (Zhang et al., CVPR 2018) of two (H, W, 3) images in 0..255, or why there is none."""
+    try:
+        import lpips
+
+        network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
+    except ImportError:
+        return None, "LPIPS is left out: the package lpips is not installed."
+    except Exception as error:  # whatever fetching its weights runs into
+        return None, f"LPIPS is left out: its weights can't be had ({' '.join(str(error).split())})."
+
+    import torch
+
+    @torch.no_grad()
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        images = (torch.from_numpy(x).permute(2, 0, 1)[None].float().to(device) for x in (a, b))
+        return float(network(*(x / 127.5 - 1 for x in images)))
+
+    return distance, ""
 
 
 def joint_psnr(estimate: np.ndarray, target: np.ndarray) -> float:
