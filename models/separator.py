@@ -28,6 +28,7 @@ PARTS = ("transmission", "reflection", "residue")
 _BYTES_PER_PIXEL = (18_500, 7_000)
 _SHARE = 0.5  # of the free memory that is used
 _LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
+_BEYOND = 0.5  # by which an image of floating point may leave 0..1, as one that was resized or sharpened does
 _USUAL_OVERLAP = 128  # pixels; with more, results come no closer to those of the whole image
 
 
@@ -94,7 +95,7 @@ class Separator:
             image: RGB (H, W, 3), uint8, uint16, or floating point in 0..1.
 
         Raises:
-            ValueError: the image is not such an array.
+            ValueError: the image is not such an array, such as one of floating point in 0..255, or it holds NaN.
             UserError: the memory is not enough for a tile.
         """
         parts = [np.empty(image.shape, np.float32) for _ in PARTS]
@@ -228,6 +229,12 @@ def _check(image: np.ndarray) -> None:
         raise ValueError(f"an image must be (H, W, 3), not {image.shape}")
     if image.dtype not in (np.uint8, np.uint16) and not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"an image must be uint8, uint16 or floating point, not {image.dtype}")
+    if np.issubdtype(image.dtype, np.floating):
+        least, most = float(image.min()), float(image.max())
+        if not (least >= -_BEYOND and most <= 1 + _BEYOND):
+            raise ValueError(
+                f"an image of floating point must be in 0..1, not {least:g}..{most:g}: divide one of 0..255 by 255"
+            )
 
 
 def _to_tensor(image: np.ndarray, device: torch.device) -> Tensor:

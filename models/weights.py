@@ -11,9 +11,9 @@ from models.arch import create_model, list_models
 from util.errors import UserError
 from util.run import checkpoint
 
-_KEYS = ("ema", "network", "weight", "state_dict", "model", "icnn")  # under which a checkpoint holds a state dict
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPES += (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Under which a checkpoint holds a state dict; BasicSR's are params_ema and params.
+_KEYS = ("ema", "network", "weight", "state_dict", "model", "icnn", "params_ema", "params")
+_TRAINED = ("net_g_ema.", "net_g.")  # the network among what else XReflection's state dict holds, such as VGG19
 
 # From published parameter names to ours; all are applied to a name, one after the other. The published code names a
 # layer by its position in nested nn.Sequential.
@@ -80,8 +80,8 @@ def load_weights(network: nn.Module, source: str | Path | dict, where: str = "th
     Args:
         network: of `models.arch.create_model`.
         source: a file or its content: a state dict, bare or under "weight", "ema", "network", "state_dict", "model" or
-            "icnn"; names may start with "module.", "net." or "network.". Of our own training checkpoints, the moving
-            average is taken if there is one.
+            "icnn", "params_ema" or "params"; names may start with "module.", "net." or "network.", or with "net_g.", as
+            XReflection's do. Where there is a moving average, it is taken.
         where: what messages call the source.
 
     Returns:
@@ -113,15 +113,18 @@ def architecture_of(content: dict, where: str) -> str:
     Raises:
         UserError: no network has these parameters.
     """
-    if isinstance(content.get("inet"), str):
-        return content["inet"]
+    name = content.get("inet")
+    if isinstance(name, str):
+        if name not in list_models():
+            raise UserError(f"{where}: of a model {name}, which there is none of; there are {', '.join(list_models())}")
+        return name
     state, _ = _find_state(content, where)
     shapes = {name: value.shape for name, value in _translated(state, where).items()}
     for name in sorted(list_models(), key=len):
         if shapes == _shapes(name):
             return name
     raise UserError(
-        f"{where}: its {len(shapes)} parameters are none of the networks' ({', '.join(list_models())}); "
+        f"{where}: its {len(shapes)} parameters are none of DSRNet's family ({', '.join(list_models())}); "
         "name the network with --inet to see what doesn't fit"
     )
 
@@ -148,14 +151,19 @@ def _find_state(content: dict, where: str) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a checkpoint, and the rest."""
     key = next((key for key in _KEYS if isinstance(content.get(key), dict)), None)
     state = content if key is None else content[key]
-    if state and all(isinstance(name, str) and _is_plain(value) for name, value in state.items()):
+    if state and all(isinstance(name, str) for name in state):
+        state = _of_network(state)
+    if state and all(isinstance(name, str) and checkpoint.is_plain(value) for name, value in state.items()):
         return state, {} if key is None else {name: value for name, value in content.items() if name != key}
     raise UserError(f"{where}: no state dict in it; its keys are {', '.join(map(str, list(content)[:8])) or 'none'}")
 
 
-def _is_plain(value: object) -> bool:
-    """Whether the value is a tensor that a network may have: not sparse, with values, of a common type."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and value.dtype in _DTYPES
+def _of_network(state: dict[str, object]) -> dict[str, object]:
+    """What of a state dict belongs to the network: not the perceptual loss's VGG19 that may be saved with it."""
+    for prefix in _TRAINED:
+        if chosen := {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}:
+            return chosen
+    return {name: value for name, value in state.items() if not name.startswith("vgg.")}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -110,6 +110,15 @@ def test_what_is_no_image_is_refused(bad):
         Separator(Local(), tile=64).separate(bad)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("change", [lambda x: x * 255, lambda x: x - 1, lambda x: x * np.nan])
+def test_floats_that_are_not_in_0_to_1_are_refused(pixels, dtype, change):
+    image = (pixels / 255).astype(dtype)
+    Separator(Local(), tile=64).separate(image * dtype(1.2) - dtype(0.1))  # as an image that was sharpened
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1, not"):
+        Separator(Local(), tile=64).separate(change(image))
+
+
 def test_tiles_are_as_large_as_the_memory_allows(real, monkeypatch):
     def tile(memory: int) -> int:
         monkeypatch.setattr(separators, "available_memory", lambda device: memory)

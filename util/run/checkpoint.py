@@ -6,16 +6,17 @@ start without it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-import zipfile
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 from util import disk
 from util.errors import UserError
+from util.run import contents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """The version of our checkpoints; a later one is refused."""
 
-_FOLDER = 0x10  # attribute of a part of a zip archive that is a folder
+_DTYPES = {"float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64"}
+_PATHS = [PurePath, PurePosixPath, PureWindowsPath, PosixPath]  # others' checkpoints hold some; to make one is harmless
 
 
 def save(state: dict, path: Path, previous: Path | None = None) -> None:
@@ -47,12 +49,16 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
 def save_weights(state: dict[str, Tensor], about: dict, path: Path) -> None:
     """Write tensors, and plain values about them, as a .safetensors file; `load` returns {**about, "network": state}.
 
+    The format has no checksum. A digest of all this is part of the file, and is compared when it is loaded.
+
     Raises:
         UserError: the file can't be written.
     """
     from safetensors.torch import save
 
-    data = save({name: value.contiguous() for name, value in state.items()}, {"about": json.dumps(about)})
+    state = {name: value.contiguous() for name, value in state.items()}
+    text = json.dumps(about)
+    data = save(state, {"about": text, "digest": _digest(text, state)})
     with disk.replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -75,13 +81,20 @@ def load(path: str | Path) -> dict:
     import torch
 
     path = Path(path)
-    weights_only = path.suffix == ".safetensors"
-    if not weights_only:
-        _check(path)
+    is_safetensors = contents.check_file(path)
+    if not is_safetensors:
+        contents.check_parts(path)
     try:
-        content = _load_weights(path) if weights_only else torch.load(path, map_location="cpu", weights_only=True)
+        if is_safetensors:
+            content = _load_weights(path)
+        else:
+            with torch.serialization.safe_globals(_PATHS), path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)  # by content, not by the suffix
+        contents.check_bounds(content, path.stat().st_size)
+    except UserError:
+        raise
     except Exception as error:  # both raise whatever the damage happens to trigger
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = contents.describe(error, path)
         raise UserError(f"{path}: not a readable checkpoint of tensors and plain values ({reason})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -92,17 +105,21 @@ def load(path: str | Path) -> dict:
 
 
 def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str) -> None:
-    """Compare the names and shapes of two state dicts.
+    """Compare the names and shapes of two state dicts, and whether their values are numbers of the same kind.
 
     Raises:
         UserError: they differ; the message names the differences.
     """
+    odd = [str(name) for name, value in given.items() if not isinstance(name, str) or not is_plain(value)]
+    if odd:
+        raise UserError(f"{where}: {len(odd)} values are not ordinary tensors: {_first_of(odd)}")
     missing = sorted(set(expected) - set(given))
     extra = sorted(set(given) - set(expected))
     wrong = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} {_layout(given[name])} instead of {_layout(expected[name])}"
         for name in sorted(set(expected) & set(given))
         if given[name].shape != expected[name].shape
+        or given[name].is_floating_point() != expected[name].is_floating_point()
     ]
     if not (missing or extra or wrong):
         return
@@ -111,6 +128,15 @@ def check_fit(expected: dict[str, Tensor], given: dict[str, Tensor], where: str)
     raise UserError(
         f"{where}: the weights are not this network's (is --inet the model they were trained for?); {listed}"
     )
+
+
+def is_plain(value: object) -> bool:
+    """Whether the value is a tensor that a network may have: not sparse, with values, of a common type."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return str(value.dtype).removeprefix("torch.") in _DTYPES
 
 
 def check_finite(state: dict[str, Tensor], where: str) -> None:
@@ -163,33 +189,27 @@ def _load_weights(path: Path) -> dict:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("about", "{}"))
-        return about | {"network": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+        metadata = file.metadata() or {}
+        network = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = metadata.get("about", "{}")
+    if "digest" in metadata and metadata["digest"] != _digest(text, network):
+        raise UserError(f"{path}: damaged (its content is not what its digest says)")
+    return json.loads(text) | {"network": network}
 
 
-def _check(path: Path) -> None:
-    """Compare every part of a file with its checksum, which torch.save writes and torch.load ignores.
+def _digest(about: str, state: dict[str, Tensor]) -> str:
+    """A hash of the tensors, their names, types and shapes, and of the text about them."""
+    import torch
 
-    Only torch's format since version 1.6, a zip archive, has checksums. They may be switched off; then all are zero.
-    """
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"PK\3\4":
-                damage = "" if file.tell() else "it is empty"
-            else:
-                with zipfile.ZipFile(file) as archive:
-                    parts = archive.infolist()
-                    damage = archive.testzip() if any(part.CRC for part in parts) else ""
-                if any(part.external_attr & _FOLDER for part in parts):
-                    damage = "a part of it has become a folder"  # torch.load would read uninitialised memory instead
-                if sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
-                    damage = "it would unpack to more than it is"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # zipfile, too, raises whatever the damage happens to trigger
-        damage = str(error) or type(error).__name__
-    if damage:
-        raise UserError(f"{path}: cut short or damaged ({damage})")
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _layout(value: Tensor) -> str:
+    return str(tuple(value.shape)) + ("" if value.is_floating_point() else f" of {value.dtype}".replace("torch.", ""))
 
 
 def _first_of(names: list[str]) -> str:
