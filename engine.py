@@ -71,7 +71,7 @@ class Engine:
     # ---- training ---------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train until --nEpochs are done, evaluating after each; with none to do, evaluate once.
+        """Train until --nEpochs are done, and evaluate after each of them, and also what the training starts from.
 
         Raises:
             Interrupted: after a signal, with the state saved.
@@ -80,9 +80,10 @@ class Engine:
         """
         self.record = Record(self.folder.path, self.options, self.epoch, self.global_step, self.world.is_main)
         with Interrupt() as self.interrupt, contextlib.closing(self.record), self.world.watched(self.folder.path):
-            if self.options.nEpochs == 0:
+            if self.options.nEpochs == 0 or (self.options.weight_path and not self.global_step):
                 self._evaluate_all(self.epoch)
-            elif self.guard and not self.folder.good.exists():
+                self._keep_best()
+            if self.options.nEpochs and self.guard and not self.folder.good.exists():
                 self._save()
             while self.epoch < self.options.nEpochs:
                 self.train_one_epoch()
@@ -146,7 +147,7 @@ class Engine:
             # Gradients are exchanged between processes once, with the group's last batch.
             last = number == len(group) or self.world.size == 1
             with contextlib.nullcontext() if last else self.step_model.no_sync():
-                terms = self.step_model(*(self._move(batch[key]) for key in _BATCH))
+                terms = self.step_model(*(batch[key].to(self.device, non_blocking=True) for key in _BATCH))
                 loss = sum(terms.values()) / len(group)
                 for key, value in terms.items():
                     means[key] = means[key] + value.detach() / len(group)
@@ -177,9 +178,6 @@ class Engine:
     def _rate(self) -> float:
         rate = learning_rate(self.global_step, self.options, self.options.nEpochs * self.steps_per_epoch)
         return rate * self.guard.rate if self.guard else rate
-
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
 
     # ---- what may end a training ------------------------------------------------------------------------------
 
@@ -242,17 +240,12 @@ class Engine:
     # ---- evaluation -------------------------------------------------------------------------------------------
 
     def _finish_epoch(self) -> None:
-        """Evaluate, record, keep the checkpoints."""
-        options, epoch = self.options, self.epoch + 1
-        self._evaluate_all(epoch)
-        score = self.world.share(self.record.latest("val" if options.best_by == "val" else AVERAGE))
-        self.epoch, self.step = epoch, 0
-        if score is not None and (self.best is None or score > self.best):
-            self.best = score
-            if self.world.is_main:
-                self.folder.save_best(self.state())
-        if options.save_every and epoch % options.save_every == 0 and self.world.is_main:
-            self.folder.save_epoch(self.state(), epoch, options.keep)
+        """Evaluate, and keep the checkpoints."""
+        self._evaluate_all(self.epoch + 1)
+        self.epoch, self.step = self.epoch + 1, 0
+        self._keep_best()
+        if (every := self.options.save_every) and self.epoch % every == 0 and self.world.is_main:
+            self.folder.save_epoch(self.state(), self.epoch, self.options.keep)
         self._save()
 
     def _evaluate_all(self, epoch: int) -> None:
@@ -267,6 +260,13 @@ class Engine:
         self.record.averages(epoch, self.global_step)
         if self.world.is_main:
             print(f"epoch {epoch}: {self.record.scores(epoch)}", flush=True)
+
+    def _keep_best(self) -> None:
+        score = self.world.share(self.record.latest("val" if self.options.best_by == "val" else AVERAGE))
+        if self.options.nEpochs and score is not None and score > (-math.inf if self.best is None else self.best):
+            self.best = score
+            if self.world.is_main:
+                self.folder.save_best(self.state())
 
     def evaluate(self, loader: Loader, name: str) -> tuple[list[dict], list[Separated]]:
         """Evaluate a set.
@@ -293,7 +293,7 @@ class Engine:
 
         def predict(mixture: Tensor) -> tuple[Tensor, ...]:
             with enough_memory(lambda: less_memory_for_images(tuple(mixture.shape), name, self.device)):
-                return self.model.predict(self._move(mixture), network)
+                return self.model.predict(mixture.to(self.device, non_blocking=True), network)
 
         def measure_and_write(one: Separated) -> dict[str, dict[str, float]]:
             if self.options.save_images:

@@ -370,3 +370,18 @@ def test_two_and_two_epochs_equal_four_on_a_gpu(tiny_data, tmp_path):
     run(tiny_data, tmp_path, *settings, "--nEpochs", "2", "--name", "twice")
     twice = run(tiny_data, tmp_path, *settings, "--nEpochs", "4", "--name", "twice", "--resume")[1]
     assert same(state_of(twice), state_of(four))
+
+
+def test_the_weights_that_a_training_starts_from_are_epoch_0_and_may_stay_the_best(finished, tiny_data, tmp_path):
+    start = finished / "best.pt"
+    more = ("--weight_path", str(start), "--nEpochs", "1", "--epoch_size", "2", "--lr", "0.02", "--name", "worse")
+    status, folder = run(tiny_data, tmp_path, *more)
+    assert status == 0
+    lines = read_metrics(folder)
+    assert {line["epoch"] for line in lines if line["estimate"] == "model"} == {0, 1}
+    before, after = (next(x for x in lines if x["set"] == "val" and x["epoch"] == e) for e in (0, 1))
+    score = next(x for x in lines if x["set"] == "val" and x["epoch"] == 0 and x["estimate"] == "model")["PSNR"]
+    assert before["estimate"] == "input" and score > after["PSNR"]
+    best, given = checkpoint.load(folder / "best.pt"), checkpoint.load(start)
+    same(best["network"], given["ema"])
+    assert "epoch 0 PSNR/SSIM" in table(lines) and f"{score:6.2f}" in table(lines)

@@ -227,20 +227,24 @@ _LINE_CHECKS |= dict.fromkeys(METRICS, _is_number)
 
 
 def table(lines: list[dict]) -> str:
-    """The last evaluation as a table: every set's untouched input, the model, the gain."""
+    """The last evaluation as a table: every set's untouched input, the weights that the training started from where
+    there were some (epoch 0), the model, and its gain over what stands before it."""
     model = [line for line in lines if line["estimate"] == "model"]
     if not model:
         return "nothing has been evaluated"
     epoch = model[-1]["epoch"]
-    rows = [("set", "images", "input PSNR/SSIM", f"epoch {epoch} PSNR/SSIM", "gain PSNR/SSIM")]
+    epochs = sorted({line["epoch"] for line in model} & {0, epoch})
+    found = {(line["set"], line["estimate"], line["epoch"]): line for line in lines}
+    rows = [("set", "images", "input PSNR/SSIM", *(f"epoch {e} PSNR/SSIM" for e in epochs), "gain PSNR/SSIM")]
     for line in (line for line in model if line["epoch"] == epoch):
-        before = next((i for i in lines if i["set"] == line["set"] and i["estimate"] == "input"), line)
+        name = line["set"]
+        stages = [found.get((name, "input", 0), line), *(found.get((name, "model", e), line) for e in epochs)]
+        before = stages[-2]
         rows.append(
             (
-                line["set"],
+                name,
                 str(line["count"]),
-                f"{before['PSNR']:6.2f} / {before['SSIM']:.3f}",
-                f"{line['PSNR']:6.2f} / {line['SSIM']:.3f}",
+                *(f"{stage['PSNR']:6.2f} / {stage['SSIM']:.3f}" for stage in stages),
                 f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
             )
         )
