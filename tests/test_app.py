@@ -80,13 +80,13 @@ def test_it_is_this_machines_alone_by_default():
 
 def test_checkpoints_are_found_the_newest_first_or_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert app.find_checkpoints(None) == {"dsrnet_xs (bundled)": PRETRAINED}
+    assert app.find_checkpoints(None) == {"madsrnet_xs (bundled)": PRETRAINED}
     for age, name in enumerate(("new", "older", "oldest")):
         path = Path("checkpoints") / name / "best.pt"
         executable(path, "")
         os.utime(path, (1e9 - age, 1e9 - age))
     executable(tmp_path / "published.pt", "")
-    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest", "dsrnet_xs (bundled)"]
+    assert list(app.find_checkpoints(None)) == ["new", "older", "oldest", "madsrnet_xs (bundled)"]
     given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt"]
     assert app.find_checkpoints(given) == {"published.pt": given[0], "new": given[1]}
     with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):
@@ -290,7 +290,7 @@ def test_another_checkpoint_and_one_that_is_damaged(page, photograph):
             "first",
             "second",
             "damaged",
-            "dsrnet_xs (bundled)",
+            "madsrnet_xs (bundled)",
         ]
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(name, Keys.ENTER)

@@ -86,13 +86,13 @@ def test_demo_where_there_is_no_data():
 
 
 def test_demo_starts_from_the_box_unless_told_otherwise(tmp_path):
-    given = parse_train(["--inet", "dsrnet_xs", "--batchSize", "3"])
+    given = parse_train(["--inet", "madsrnet_xs", "--batchSize", "3"])
     assert given.weight_path == options.PRETRAINED and given.lambda_vgg == 0 and given.batchSize == 3
-    (tmp_path / "c.yaml").write_text("inet: dsrnet_xs\n")
+    (tmp_path / "c.yaml").write_text("inet: madsrnet_xs\n")
     assert parse_train(["--config", "c.yaml"]).weight_path == options.PRETRAINED
-    scratch = parse_train(["--inet", "dsrnet_xs", "--weight_path", "none"])
+    scratch = parse_train(["--inet", "madsrnet_xs", "--weight_path", "none"])
     assert scratch.weight_path is None and scratch.lr == options.DEMO_RECIPE["lr"]
-    for elsewhere in (["--inet", "dsrnet_s"], ["--inet", "dsrnet_xs", "--base_dir", "."]):
+    for elsewhere in (["--inet", "dsrnet_s"], ["--inet", "madsrnet_xs", "--base_dir", "."]):
         assert parse_train(elsewhere).weight_path is None
 
 
@@ -124,7 +124,7 @@ def test_a_config_of_ones_own_may_say_how_to_start(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--weight_path", "none"]], ids=["pretrained", "scratch"])
 def test_options_of_a_demo_start_another_demo(more, tmp_path):
-    first = parse_train(["--inet", "dsrnet_xs", *more])
+    first = parse_train(["--inet", "madsrnet_xs", *more])
     (tmp_path / "options.yaml").write_text(yaml.safe_dump(as_text(first, RECORDED)))
     (tmp_path / "dataset/reflection-removal").mkdir(parents=True)  # meanwhile
     second = vars(parse_train(["--config", "options.yaml"]))

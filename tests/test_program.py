@@ -13,7 +13,7 @@ from util import program
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = "models/pretrained/dsrnet_xs.safetensors"
+WEIGHTS = "models/pretrained/madsrnet_xs.safetensors"
 
 # Of each program: arguments that are accepted, and the function that then does the work.
 PROGRAMS = {

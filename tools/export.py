@@ -23,13 +23,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument("--half", action="store_true", help="write 16-bit floating point numbers: half the size")
     options = parser.parse_args(argv)
     if options.output.suffix != ".safetensors":
         parser.error(f"-o {options.output}: must end in .safetensors")
-    print(export(options.checkpoint, options.output))
+    print(export(options.checkpoint, options.output, options.half))
 
 
-def export(source: Path, target: Path) -> str:
+def export(source: Path, target: Path, half: bool = False) -> str:
     """Write the weights of a checkpoint; returns a line about them.
 
     Raises:
@@ -47,7 +48,8 @@ def export(source: Path, target: Path) -> str:
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
         about["options"] = {key: value for key, value in rest["options"].items() if roles().get(key) is WHAT}
-    checkpoint.save_weights(network.state_dict(), about, target)
+    state = {key: value.half() if half else value for key, value in network.state_dict().items()}
+    checkpoint.save_weights(state, about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
 
 
