@@ -75,7 +75,7 @@ WRONG = [
     ),
     *(("best", value) for value in ("x", math.nan, [1.0])),
     *(("inet", value) for value in (None, 3, ["small"])),
-    *((MOMENT, value) for value in (None, 3, torch.ones(1), NAN.expandSHAPE.clone(), torch.onesSHAPE.int())),
+    *((MOMENT, value) for value in (None, 3, torch.ones(1), NAN.expand(SHAPE).clone(), torch.ones(SHAPE).int())),
     *(("optimizer/state/0/exp_avg_sq", torch.full(SHAPE, value)) for value in (-1.0, math.inf)),
     *(("optimizer/state/0/step", value) for value in (NAN, torch.ones(2), 3, torch.tensor(-1.0))),
     *(("optimizer/state/0", value) for value in ({}, [], None, {"x": 1})),
@@ -83,7 +83,7 @@ WRONG = [
     *(("optimizer/param_groups", value) for value in ([], None, {}, [{}, {}], [{"params": [0]}], [1, 2])),
     *(("optimizer/param_groups/0/lr", value) for value in (None, "x", math.nan, torch.ones(2))),
     *(("optimizer/param_groups/0/params", value) for value in (None, [0, 0], ["a", "b"], [[1], [2]])),
-    *(("network/layers.0.weight", value) for value in (None, 3, "x", torch.onesSHAPE.int(), [1.0])),
+    *(("network/layers.0.weight", value) for value in (None, 3, "x", torch.ones(SHAPE).int(), [1.0])),
     *(("network/layers.0.weight", torch.ones(SHAPE, **kind)) for kind in ({"device": "meta"}, {"dtype": torch.cfloat})),
     ("network/3", torch.ones(1)),
     ("options/3", 1),
@@ -114,7 +114,7 @@ def test_wrong_contents_are_refused_and_the_checkpoint_before_is_taken(number, s
 
 def test_without_one_before_it_is_one_line(state, parts, options, tmp_path):
     run = RunFolder(tmp_path)
-    checkpoint.save(put(state, MOMENT, NAN.expandSHAPE.clone()), run.last)
+    checkpoint.save(put(state, MOMENT, NAN.expand(SHAPE).clone()), run.last)
     with pytest.raises(UserError, match="exp_avg of parameter 0 has values that are NaN"):
         run.load_newest(join([]), options, *parts)
 
