@@ -194,6 +194,7 @@ class Engine:
                 raise Diverged(f"{message}; {guard.describe_end(self.folder.good)}")
             self.world.barrier()  # the main process may still be writing it
             good = checkpoint.load(self.folder.good)
+            resume.check_usable(good, self.folder.good, self.options, self.network.state_dict(), self.optimizer)
             self._load_weights(good)
             guard.returned()
             message += f"; {guard.describe_return(good['global_step'])}"
@@ -340,7 +341,7 @@ class Engine:
         Raises:
             UserError: there is none, or it is of another model, or too much has changed.
         """
-        state, messages = self.folder.load_newest(self.world, self.options, self.network.state_dict(), self.identity)
+        state, messages = self.folder.load_newest(self.world, self.options, self.network, self.optimizer, self.identity)
         self._load_weights(state)
         if self.guard and state.get("guard"):
             self.guard = Guard(**state["guard"])

@@ -95,7 +95,9 @@ add_gpus() {
 
 # Sets options to those of a container's start.
 set_options() {
-    local data=${DATASET:-} weights=${TORCH_HOME:-$HOME/.cache/torch} more
+    local data=${DATASET:-} weights more
+    [ -n "${HOME-}" ] || unset HOME # ~ is then the home that the system's table of users has
+    weights=${TORCH_HOME:-$(echo ~)/.cache/torch}
     options=()
     add_gpus
     # Shared memory is what the loader's workers hand samples over in; a container's own has 64 MB.
@@ -119,7 +121,7 @@ set_options() {
         data=$(cd dataset && pwd -P) # where the link leads to must be there, too
         options+=(--volume "$data:$data")
     fi
-    mkdir -p "$weights" # VGG19's, downloaded once
+    mkdir -p "$weights" || fail "$weights: cannot be made; TORCH_HOME=DIR names another folder for VGG19's weights"
     options+=(--volume "$weights:/opt/torch" --env TORCH_HOME=/opt/torch)
     read -ra more <<<"${ENGINE_OPTIONS:-}"
     options+=(${more[@]+"${more[@]}"})
@@ -163,7 +165,16 @@ build | start | stop)
     ;;
 esac
 
-cd "$(dirname -- "${BASH_SOURCE[0]}")"
+# The file itself, where this is called through a symbolic link.
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do
+    target=$(readlink -- "$self")
+    case $target in
+    /*) self=$target ;;
+    *) self=$(dirname -- "$self")/$target ;;
+    esac
+done
+CDPATH='' cd -- "$(dirname -- "$self")"
 find_engine
 container=sirs-$(id -u)-$(cksum <<<"$PWD" | cut -d ' ' -f 1) # one for each user and folder
 

@@ -40,8 +40,18 @@ case ${1:-} in
     ;;
 esac
 
+# The file itself, where this is called through a symbolic link.
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do
+    target=$(readlink -- "$self")
+    case $target in
+    /*) self=$target ;;
+    *) self=$(dirname -- "$self")/$target ;;
+    esac
+done
+
 # shellcheck source=tools/environment.sh
-. "$(dirname -- "${BASH_SOURCE[0]}")/tools/environment.sh"
+. "$(dirname -- "$self")/tools/environment.sh"
 
 [ $# -ge 1 ] || fail 'GPU, MODEL and COMMENT are missing; for example: ./runner.sh 0 dsrnet_s "first try"; see --help'
 [ $# -ge 2 ] || fail "MODEL and COMMENT are missing; for example: ./runner.sh $1 dsrnet_s \"first try\"; see --help"

@@ -26,8 +26,8 @@ DEMO_RECIPE = {
     "val_split": 0.2,
 }
 
-# What the demo changes in addition where it starts from the bundled weights: the losses that they were trained with (the
-# perceptual loss means little with a random VGG19) and a low rate, for the demo set's own kind of reflections.
+# What the demo changes in addition where it starts from the bundled weights: the losses that they were trained with
+# (the perceptual loss means little with a random VGG19) and a low rate, for the demo set's own kind of reflections.
 PRETRAINED_RECIPE = {
     "weight_path": PRETRAINED,
     "epoch_size": 160,

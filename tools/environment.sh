@@ -8,6 +8,10 @@ VENV=$ROOT/.venv
 
 say() { printf '%s\n' "$*" >&2; }
 
+# Runs a Python command in the project: Python imports from the current directory, which could hold anything, such as
+# a fcntl.py. PYTHONSAFEPATH, since Python 3.11, keeps it from that in the project, too.
+isolated() { (cd "$ROOT" && PYTHONSAFEPATH=1 "$@"); }
+
 # Prints the full path of interpreter $1 if it runs and is new enough.
 path_of_python() {
     "$1" -c 'import sys; sys.version_info < (3, 10) and sys.exit(1); print(sys.executable)' 2>/dev/null
@@ -27,10 +31,9 @@ find_python() {
     return 1
 }
 
-# Prints what interpreter $1 lacks of requirements file $2, and fails if it lacks anything. Run in the project
-# because Python may import from the current directory, which could hold anything.
+# Prints what interpreter $1 lacks of requirements file $2, and fails if it lacks anything.
 lacking() {
-    [ -x "$1" ] && (cd "$ROOT" && "$1" - "$2") <<'PYTHON'
+    [ -x "$1" ] && isolated "$1" - "$2" <<'PYTHON'
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -92,15 +95,15 @@ apt_install() {
 # Makes an empty .venv with interpreter $1.
 make_venv() {
     # Debian keeps ensurepip, without which a virtual environment has no pip, in a package of its own.
-    if ! "$1" -c 'import ensurepip' 2>/dev/null; then
+    if ! isolated "$1" -c 'import ensurepip' 2>/dev/null; then
         local package
-        package=$("$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        package=$(isolated "$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
         if ! apt_install "$package"; then
             say "$1 cannot make virtual environments; do: sudo apt-get install $package"
             return 1
         fi
     fi
-    "$1" -m venv --clear "$VENV" || {
+    isolated "$1" -m venv --clear "$VENV" || {
         say "$1 could not make $VENV (see above)"
         return 1
     }
@@ -111,7 +114,7 @@ make_venv() {
 complete_venv() {
     # The lock belongs to the open file, which this shell and its children share. So it outlives the Python
     # that takes it, and the system drops it when the last of them ends, however it ends.
-    "$1" - <<'PYTHON'
+    isolated "$1" - <<'PYTHON'
 import fcntl
 import sys
 
@@ -127,8 +130,8 @@ PYTHON
 
     # One that was interrupted early has no pip; one that another tool made may have none either.
     if ! path_of_python "$VENV/bin/python" >/dev/null || {
-        ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 &&
-            ! "$VENV/bin/python" -m ensurepip >/dev/null 2>&1
+        ! isolated "$VENV/bin/python" -m pip --version >/dev/null 2>&1 &&
+            ! isolated "$VENV/bin/python" -m ensurepip >/dev/null 2>&1
     }; then
         make_venv "$1" || return
     fi
@@ -136,7 +139,7 @@ PYTHON
     say "Installing ${2##*/} into .venv: several GB, some minutes"
     local quiet=
     [ -t 1 ] || quiet=--quiet
-    "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check ${quiet:+"$quiet"} -r "$2" || {
+    isolated "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check ${quiet:+"$quiet"} -r "$2" || {
         say "pip could not install ${2##*/} into .venv (see above): check the network and the space on the disk," \
             "then start this again; if that is not it, remove .venv first"
         return 1

@@ -18,7 +18,7 @@ from util.program import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="export.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
     )
@@ -39,6 +39,7 @@ def export(source: Path, target: Path, half: bool = False) -> str:
     from models.arch import create_model
     from models.weights import architecture_of, load_weights
     from util.run import checkpoint
+    from util.run.reader import is_plain
 
     content = checkpoint.load(source)
     name = architecture_of(content, str(source))
@@ -47,7 +48,8 @@ def export(source: Path, target: Path, half: bool = False) -> str:
     about = {"format": checkpoint.FORMAT, "inet": name}
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
-        about["options"] = {key: value for key, value in rest["options"].items() if roles().get(key) is WHAT}
+        chosen = {key: value for key, value in rest["options"].items() if isinstance(key, str) and is_plain(value)}
+        about["options"] = {key: value for key, value in chosen.items() if roles().get(key) is WHAT}
     state = {key: value.half() if half else value for key, value in network.state_dict().items()}
     checkpoint.save_weights(state, about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"

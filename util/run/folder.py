@@ -18,7 +18,8 @@ from util.run.lock import Lock
 if TYPE_CHECKING:  # finding the files of a run takes no torch
     from argparse import Namespace
 
-    from torch import Tensor, nn
+    from torch import nn
+    from torch.optim import Optimizer
 
     from util.distributed import World
 
@@ -125,13 +126,13 @@ class RunFolder:
         return self.last.exists() or self.previous.exists()
 
     def load_newest(
-        self, world: World, options: Namespace, weights: dict[str, Tensor], identity: dict
+        self, world: World, options: Namespace, network: nn.Module, optimizer: Optimizer, identity: dict
     ) -> tuple[dict, list[str]]:
         """Load the newest checkpoint that the run can go on from: each process reads it once, the main one checks it.
 
         Args:
             world: this process among all.
-            options, weights: as of `util.run.resume.check_usable`.
+            options, network, optimizer: of the run; see `util.run.resume.check_usable`.
             identity: of the run as it would go on.
 
         Returns:
@@ -144,14 +145,14 @@ class RunFolder:
 
         def choose() -> tuple[Path, list[str]]:
             nonlocal state
-            state, path, messages = self._choose_newest(options, weights, identity)
+            state, path, messages = self._choose_newest(options, network, optimizer, identity)
             return path, messages
 
         path, messages = world.from_main(choose)
         return checkpoint.load(path) if state is None else state, messages
 
     def _choose_newest(
-        self, options: Namespace, weights: dict[str, Tensor], identity: dict
+        self, options: Namespace, network: nn.Module, optimizer: Optimizer, identity: dict
     ) -> tuple[dict, Path, list[str]]:
         from util.run.resume import check_continuable, check_usable  # imports torch
 
@@ -159,7 +160,7 @@ class RunFolder:
         for path in (path for path in (self.last, self.previous) if path.exists()):
             try:
                 state = checkpoint.load(path)
-                check_usable(state, path, options, weights)
+                check_usable(state, path, options, network.state_dict(), optimizer)
             except UserError as error:
                 messages.append(str(error))
                 continue

@@ -171,7 +171,7 @@ def _read_options(run: Run) -> None:
     if not isinstance(options, dict):
         run.problems.append("options.yaml: no lines of the form 'option: value'")
         return
-    run.options = {str(key): value for key, value in options.items() if _is_plain(value)}
+    run.options = {str(key): value for key, value in options.items() if is_plain(value)}
     if not run.starts and (head := _HEAD.match(text)):  # of an older version, which kept the latest start here
         run.starts = [dict(zip(("started", "torch", "machine"), head.groups(), strict=True))]
         run.starts[0]["comment"] = run.options.get("comment")
@@ -251,7 +251,7 @@ def table(lines: list[dict]) -> str:
     return tables.as_text(rows)
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     """Whether a value is of a type that `options.as_text` writes."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, str | int | float) for part in parts)

@@ -1,6 +1,7 @@
 """Whether a run can be continued: is its checkpoint usable, and what has changed since the run began."""
 
 import hashlib
+import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from options.arguments import roles
 from options.parser import START, WHAT
 from util.errors import UserError
 from util.run import checkpoint
+from util.stability import Guard
 
 TEST = "test set "
 """The prefix of the names of sets that are only evaluated."""
@@ -63,19 +65,23 @@ def source_hashes() -> dict[str, str]:
     return found
 
 
-def check_usable(state: dict, where: Path, options: Namespace, weights: dict[str, Tensor]) -> None:
-    """Check that a checkpoint is complete, and of this model.
+def check_usable(
+    state: dict, where: Path, options: Namespace, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Check that a checkpoint is complete, of this model, and of values that a training can go on with.
 
     Args:
         state: the content of the checkpoint.
         where: its file.
         options: inet and ema are used.
         weights: the network's state dict.
+        optimizer: of the network.
 
     Raises:
         UserError: it isn't.
     """
     wrong = [name for name, kind in _STATE_TYPES.items() if not isinstance(state.get(name, ...), kind)]
+    wrong = wrong or [name for name, check in _STATE_CHECKS.items() if not check(state.get(name))]
     if wrong:
         raise UserError(f"{where}: not what a run can be continued from: no usable {', '.join(wrong)} in it")
     if state["inet"] != options.inet:
@@ -86,6 +92,103 @@ def check_usable(state: dict, where: Path, options: Namespace, weights: dict[str
         if state[part]:
             checkpoint.check_fit(weights, state[part], str(where))
             checkpoint.check_finite(state[part], f"{where}, {part}")
+    if trouble := _trouble_of_optimizer(state["optimizer"], optimizer):
+        raise UserError(f"{where}: not what a run can be continued from: the optimizer's {trouble}")
+
+
+def _trouble_of_optimizer(state: dict, optimizer: torch.optim.Optimizer) -> str:
+    """What is wrong with a saved state of an optimiser; empty if nothing is."""
+    layout = [len(group["params"]) for group in optimizer.param_groups]
+    groups, moments = state.get("param_groups"), state.get("state")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return "param_groups are not there"
+    ids = [group.get("params") for group in groups]
+    if not all(isinstance(part, list) for part in ids) or [len(part) for part in ids] != layout:
+        return "param_groups are of another network"
+    if [key for part in ids for key in part] != list(range(sum(layout))) or not all(
+        _is_finite(group.get("lr")) for group in groups
+    ):
+        return "param_groups are damaged"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(moments, dict) or not all(type(key) is int and 0 <= key < len(parameters) for key in moments):
+        return "state is of another network"
+    for key, values in moments.items():
+        if not isinstance(values, dict) or set(values) != {"step", "exp_avg", "exp_avg_sq"}:
+            return f"state of parameter {key} is not that of Adam"
+        for name, value in values.items():
+            shape = torch.Size() if name == "step" else parameters[key].shape
+            if not checkpoint.is_plain(value) or not value.is_floating_point() or value.shape != shape:
+                return f"{name} of parameter {key} is not what it should be"
+            if not value.isfinite().all() or (name != "exp_avg" and (value < 0).any()):
+                return f"{name} of parameter {key} has values that are NaN, infinite or negative"
+    return ""
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_random(value: Tensor | None) -> bool:
+    """Whether these are a state of torch's random numbers."""
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _are_options(value: dict) -> bool:
+    """Whether these are of the kind that `as_text` gives."""
+
+    def plain(part: object) -> bool:
+        return part is None or isinstance(part, str | int | float)
+
+    known = all(isinstance(key, str) for key in value)
+    counts = (value.get(name, 1) for name in ("batchSize", "accumulate"))
+    values = (all(map(plain, part)) if isinstance(part, list) else plain(part) for part in value.values())
+    return known and all(values) and all(_is_count(count) for count in counts)
+
+
+def _are_files(value: object) -> bool:
+    """Whether these are of `fingerprint`."""
+    return value is None or (
+        isinstance(value, dict)
+        and all(isinstance(name, str) and isinstance(found, dict) for name, found in value.items())
+        and all(_is_count(found.get("files")) and isinstance(found.get("hash"), str) for found in value.values())
+    )
+
+
+def _are_hashes(value: object) -> bool:
+    """Whether these are of `source_hashes`."""
+    return value is None or (
+        isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    )
+
+
+def _is_guard(value: object) -> bool:
+    """Whether this is of `util.stability.Guard.state`."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or set(value) != set(Guard().state()):
+        return False
+    counts = [value["seen"], value["returns"]]
+    if not isinstance(value["skipped"], list) or not all(map(_is_count, [*counts, *value["skipped"]])):
+        return False
+    numbers = all(_is_finite(value[name]) for name in ("mean", "square", "rate"))
+    return numbers and value["square"] >= 0 and 0 < value["rate"] <= 1
+
+
+_STATE_CHECKS = dict.fromkeys(("epoch", "step", "global_step", "ema_updates"), _is_count)
+_STATE_CHECKS |= {"best": lambda best: best is None or not math.isnan(best), "random": _are_random}
+_STATE_CHECKS |= {
+    "random_cuda": lambda state: state is None or (isinstance(state, Tensor) and state.dtype == torch.uint8)
+}
+_STATE_CHECKS |= {"options": _are_options, "data": _are_files, "code": _are_hashes, "guard": _is_guard}
+_STATE_CHECKS |= {"samples_per_step": lambda count: count is None or (_is_count(count) and count > 0)}
 
 
 def check_continuable(before: dict, now: dict) -> list[str]:
