@@ -315,10 +315,7 @@ class Engine:
         return {
             "format": checkpoint.FORMAT,
             **self.identity,
-            "epoch": self.epoch,
-            "step": self.step,
-            "global_step": self.global_step,
-            "best": self.best,
+            **{key: getattr(self, key) for key in ("epoch", "step", "global_step", "best")},
             "network": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "ema_updates": int(self.ema.n_averaged) if self.ema else 0,
