@@ -24,6 +24,7 @@ from options import PRETRAINED
 from tests.page import STAND_IN, Page, Server
 from tests.project import executable
 from tools import app, infer
+from tools.page.visits import Visits
 from util.errors import UserError
 from util.images import read_image, write_image
 from util.photographs import Photograph, read_photograph, write_photograph
@@ -109,7 +110,7 @@ def test_the_checkpoint_used_last_stays_loaded(stand_in):
 
 
 def test_what_a_visit_leaves_goes_with_it(tmp_path):
-    visits = app.Visits(tmp_path / "results")
+    visits = Visits(tmp_path / "results")
     upload, shared = tmp_path / "upload", tmp_path / "shared"
     for visit, path in (("a", upload), ("a", shared), ("b", shared)):
         path.touch()
@@ -118,7 +119,7 @@ def test_what_a_visit_leaves_goes_with_it(tmp_path):
     assert visits.results("a").is_dir() and not first.exists()  # the visit's newest results only
     visits.end("a")
     assert not upload.exists() and shared.exists() and other.is_dir()
-    assert [path.name for path in visits.folder.iterdir()] == ["b"]
+    assert list(visits.folder.iterdir()) == [other]
     visits.end_old(3600)
     assert other.is_dir()
     visits.end_old(-1)

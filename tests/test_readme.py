@@ -12,7 +12,7 @@ def test_the_layout_names_every_file_and_only_these():
     folders = tuple(name for name in named if name.endswith("/"))
     assert all((ROOT / name).exists() for name in named)
     done = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True, text=True)
-    parts = ("tools/benchmarks/", "tools/inspection/", "tools/preparation/", "tools/reports/", *folders)
+    parts = ("tools/benchmarks/", "tools/inspection/", "tools/page/", "tools/preparation/", "tools/reports/", *folders)
     missing = [
         name
         for name in done.stdout.split()

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import fcntl
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -29,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from options import PRETRAINED, arguments, separator_settings
 from options.arguments import natural_int, positive_int
 from options.parser import Parser
+from tools.page.guard import guarded
+from tools.page.visits import MOST_BYTES, Visits, own
 from util.errors import UserError
 from util.program import run
 
@@ -39,8 +40,6 @@ CHECKPOINTS = "checkpoints/*/best.pt"
 
 # Gradio and its dependencies read these when they are imported.
 _ENVIRONMENT = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
-# The browser may load nothing from other machines.
-_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _PREFIX = "sirr-app-"  # of the folders for temporary files
 _KEPT, _LOOK = 3600, 600  # seconds: the longest time that files are kept, and between two searches for older ones
 _HEIGHT = 360  # of the photograph and the reflection on the page
@@ -161,38 +160,6 @@ class Separators:
         return self._loaded[1]
 
 
-class Visits:
-    """The files of every open page, kept apart so that they can be deleted with it; results lie in `folder`."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._uploads: dict[str, set[Path]] = {}
-        folder.mkdir(exist_ok=True)
-
-    def uploaded(self, visit: str, path: Path) -> None:
-        """Remember an upload. A photograph that is uploaded twice is one file."""
-        self._uploads.setdefault(visit, set()).add(path)
-
-    def results(self, visit: str) -> Path:
-        """A new, empty folder; the earlier folder of the visit is deleted."""
-        shutil.rmtree(self.folder / visit, ignore_errors=True)
-        folder = self.folder / visit / secrets.token_hex(8)
-        folder.mkdir(parents=True)
-        return folder
-
-    def end(self, visit: str) -> None:
-        """Delete the files of this visit."""
-        shutil.rmtree(self.folder / visit, ignore_errors=True)
-        for path in self._uploads.pop(visit, set()).difference(*self._uploads.values()):
-            path.unlink(missing_ok=True)
-
-    def end_old(self, age: float) -> None:
-        """Delete the results of visits that are older than this many seconds."""
-        for folder in self.folder.iterdir():
-            if time.time() - folder.stat().st_mtime > age:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def separate_upload(separator: "Separator", path: Path, folder: Path) -> tuple[Path, Path, Path, str]:
     """Separate a photograph into files of `folder`, as tools/infer.py does with --format png.
 
@@ -242,7 +209,7 @@ def build_app(separators: Separators, folder: Path, options: argparse.Namespace)
         max_file_size=options.max_megabytes * 2**20,
         css=_CSS,
     )
-    return _alone(app)
+    return guarded(app, options.host, lambda: visits.bytes() < MOST_BYTES)
 
 
 def _build_page(separators: Separators, visits: Visits, folder: Path, options: argparse.Namespace):
@@ -255,7 +222,7 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
         visits.end_old(_KEPT)
         try:
             results = visits.results(request.session_hash)
-            before, transmission, reflection, line = separate_upload(separators.get(name), Path(path), results)
+            before, transmission, reflection, line = separate_upload(separators.get(name), own(path, folder), results)
         except UserError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
         buttons = (gr.DownloadButton(value=file, interactive=True) for file in (transmission, reflection))
@@ -263,7 +230,7 @@ def _build_page(separators: Separators, visits: Visits, folder: Path, options: a
 
     def uploaded(path: str | None, request: gr.Request) -> None:
         if path:
-            visits.uploaded(request.session_hash, Path(path))
+            visits.uploaded(request.session_hash, own(path, folder))
 
     def closed(request: gr.Request) -> None:
         visits.end(request.session_hash)
@@ -293,7 +260,7 @@ def _inputs(names: list[str], folder: Path) -> tuple:
 
     photograph = gr.Image(label="Photograph", type="filepath", image_mode=None, sources=["upload", "clipboard"],
                           height=_HEIGHT, elem_id="photograph")  # fmt: skip
-    _take_files_only(photograph)
+    _take_files_only(photograph, folder)
     name = gr.Dropdown(names, value=names[0], label="Checkpoint")
     button = gr.Button("Remove the reflection", variant="primary", elem_id="separate")
     examples = [str(path) for path in write_examples(folder)]
@@ -317,7 +284,7 @@ def _outputs() -> list:
     return [slider, reflection, line, *downloads]
 
 
-def _take_files_only(image) -> None:
+def _take_files_only(image, folder: Path) -> None:
     """Make an image component pass uploads on unread.
 
     Otherwise Gradio opens them itself, before util.photographs can report what is wrong, and fetches addresses that a
@@ -330,29 +297,10 @@ def _take_files_only(image) -> None:
     async def refuse_addresses(path: str | None) -> str | None:
         if path and "://" in path:
             raise gr.Error("Addresses are not fetched; send a file.", print_exception=False)
-        return await fetch(path)
+        return await fetch(str(own(path, folder)) if path else path)  # it would copy any file of this machine
 
     image.async_move_resource_to_block_cache = refuse_addresses
     image.preprocess = lambda payload: payload and payload.path
-
-
-def _alone(app: Callable) -> Callable:
-    """The application without access to other machines: neither it nor the browser fetches other addresses."""
-
-    async def call(scope, receive, send):
-        if scope["type"] == "http" and ("=http:" in scope["path"] or "=https:" in scope["path"]):
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"no other addresses here"})
-            return
-
-        async def send_with_policy(message):
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY)]
-            await send(message)
-
-        await app(scope, receive, send_with_policy)
-
-    return call
 
 
 def listen(host: str, port: int) -> socket.socket:
