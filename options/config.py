@@ -73,14 +73,19 @@ def read_config(parser: Parser, path: Path) -> dict[str, object]:
     if values.get("weight_path", ...) is None:
         values["weight_path"] = "none"  # from scratch, where the demo would start from the bundled weights
     values = {key: value for key, value in values.items() if value is not None}
+    return parsed(parser, values, f"--config {path}") | {"demo": demo is True}
+
+
+def parsed(parser: Parser, values: dict[str, object], where: str) -> dict[str, object]:
+    """Values as if they were typed; exits with status 2 and a line that begins with `where` if one can't be used."""
     actions = {action.dest: action for action in parser._actions if action.dest not in {"help", "config"}}
     typed: list[str] = []
     for key, value in values.items():
         if key not in actions:
-            parser.error(f"--config {path}: there is no option {key!r}{nearest(str(key), actions)}")
-        typed += _typed(parser, actions[key], value, f"--config {path}: {key}")
-    parsed = vars(parser.parse_args(typed))
-    return {key: parsed[key] for key in values} | {"demo": demo is True}
+            parser.error(f"{where}: there is no option {key!r}{nearest(str(key), actions)}")
+        typed += _typed(parser, actions[key], value, f"{where}: {key}")
+    found = vars(parser.parse_args(typed))
+    return {key: found[key] for key in values}
 
 
 def _load(parser: Parser, path: Path) -> dict[str, object]:

@@ -161,3 +161,37 @@ def test_what_cannot_be_reached_is_one_line_with_ways_out(tmp_path, capsys):
     assert server.url in said and str(tmp_path / "sirs.zip") in said and "--url" in said
     assert program.run(prepare_data.main, ["download", str(tmp_path / "x"), "--url", "file:///etc/passwd"]) == 2
     assert "http" in errors(capsys)
+
+
+@pytest.mark.parametrize("name", ["sirs.zip", "sirs.zip.part", "sirs.zip.part.json"])
+@pytest.mark.parametrize("kind", ["empty", "text", "link"])
+def test_a_users_own_files_and_links_are_left_alone(server, tmp_path, capsys, name, kind):
+    mine = tmp_path / name
+    if kind == "link":
+        mine.symlink_to(tmp_path / "gone")
+    else:
+        mine.write_text("mine" if kind == "text" else "")
+    assert fetch(server, tmp_path / "sirs.zip") == 2
+    assert f"{mine}: is there" in errors(capsys) and server.asked == []
+    assert mine.is_symlink() if kind == "link" else mine.read_text() == ("mine" if kind == "text" else "")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://x:port/",
+        "http://a b/",
+        "http://",
+        "http:///x",
+        "http://.a/",
+        "http://é\ud800/",
+        "ftp://x/",
+    ],
+)
+def test_malformed_addresses_are_one_line(url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(download, "_PAUSE", 0)
+    assert program.run(prepare_data.main, ["download", str(tmp_path / "sirs.zip"), "--url", url]) == 2
+    errors(capsys)
+    assert not list(tmp_path.iterdir())

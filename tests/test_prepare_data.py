@@ -1,7 +1,9 @@
 """Fetching, unpacking, converting and checking the data."""
 
 import hashlib
+import io
 import re
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 
 from data.folders import PHOTOGRAPHS
-from tests.helpers import contents, errors, make_tar, make_zip
+from tests.helpers import contents, errors, flipped, make_tar, make_zip
 from tools import prepare_data
 from util import program
 from util.images import read_image, write_image
@@ -177,6 +179,66 @@ def test_unpack_tells_damage(tmp_path, capsys):
         assert program.run(prepare_data.main, ["unpack", str(tmp_path / name), str(tmp_path / "out")]) == 2
         assert name in errors(capsys)
     assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
+
+
+def test_unpack_notices_a_turned_bit_of_a_compressed_tar(tmp_path, capsys):
+    """In its content, its headers and its end; those in the head of gzip that mean nothing may pass."""
+    whole = make_tar(tmp_path / "a.tar.gz", {"x": np.random.default_rng(0).bytes(3000), "y": b"1" * 600}).read_bytes()
+    (tmp_path / "b.tar.gz").write_bytes(whole)
+    for number, bit in enumerate(range(8 * 20, 8 * (len(whole) - 4), 397)):
+        (tmp_path / "b.tar.gz").write_bytes(flipped(whole, bit))
+        out = tmp_path / f"out{number}"
+        assert program.run(prepare_data.main, ["unpack", str(tmp_path / "b.tar.gz"), str(out)]) == 2, bit
+        assert "b.tar.gz" in errors(capsys) and not out.exists(), bit
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_unpack_of_damaged_archives_is_told_in_a_line(kind, tmp_path, capsys):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, f"w:{kind}") as archive:
+        archive.add(__file__, "x")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        for place in rng.integers(0, len(damaged), 3):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if program.run(prepare_data.main, ["unpack", str(path), str(tmp_path / "out")]):
+            errors(capsys)
+        else:
+            assert contents(tmp_path / "out") == {"x": Path(__file__).read_bytes()}
+
+
+def test_a_tar_with_a_damaged_header_or_no_end_is_not_taken_for_a_shorter_one(tmp_path, capsys):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("x", "y"):
+            info = tarfile.TarInfo(name)
+            info.size = 512
+            archive.addfile(info, io.BytesIO(bytes(512)))
+    whole = path.read_bytes()
+    for damaged in (whole[:1024] + b"z" + whole[1025:], whole[:1024], whole[:2048], whole + b"more"):
+        path.write_bytes(damaged)
+        assert program.run(prepare_data.main, ["unpack", str(path), str(tmp_path / "out")]) == 2
+        assert "a.tar: " in errors(capsys) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_unpack_leaves_out_what_macos_adds_and_takes_backslashes_for_slashes(make, tmp_path, capsys):
+    made = {"sirs\\train\\real\\1.jpg": b"1", "sirs/test/2.jpg": b"2", "sirs/test/._2.jpg": b"no"}
+    archive = make(tmp_path / "a", made | {"__MACOSX/sirs/test/._2.jpg": b"no", "sirs/.DS_Store": b"no"})
+    assert prepare_data.main(["unpack", str(archive), str(tmp_path / "out")]) == 0
+    assert contents(tmp_path / "out") == {"sirs/train/real/1.jpg": b"1", "sirs/test/2.jpg": b"2"}
+    assert capsys.readouterr().out.count("--base_dir") == 1
+
+
+def test_unpack_replaces_no_link(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x").symlink_to("gone")
+    archive = make_zip(tmp_path / "a.zip", {"x": b"1"})
+    assert program.run(prepare_data.main, ["unpack", str(archive), str(tmp_path / "out")]) == 2
+    assert "is there already" in errors(capsys) and (tmp_path / "out/x").is_symlink()
 
 
 # ---- voc and real20 ---------------------------------------------------------------------------------------------

@@ -116,6 +116,21 @@ def test_a_log_file_gets_no_terminal_codes(project):
     assert not set("\x1b\r") & set(done.stdout + done.stderr)
 
 
+def test_through_a_link(project, tmp_path):
+    (tmp_path / "elsewhere/bin").mkdir(parents=True)
+    (tmp_path / "elsewhere/run").symlink_to(project.root / "runner.sh")
+    (tmp_path / "elsewhere/bin/again").symlink_to("../run")
+    done = subprocess.run(
+        ["bash", str(tmp_path / "elsewhere/bin/again"), "cpu", "dsrnet_s", "x"],
+        cwd=tmp_path,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout.splitlines()[-1])["folder"]).samefile(project.root)
+
+
 # What is refused
 
 

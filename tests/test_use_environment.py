@@ -201,3 +201,29 @@ def test_without_ensurepip_root_gets_it_from_apt(project, bare_python):
     assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
     assert done.stderr.startswith(f"Installing {VENV_PACKAGE} with apt-get\nInstalling requirements.txt into .venv")
     assert (project.root / "apt.log").read_text().splitlines()[-1].endswith(VENV_PACKAGE)
+
+
+def test_nothing_is_imported_from_the_folder_it_is_called_in(project, tmp_path):
+    """Where that folder has files of the names of what a set-up uses."""
+    for name in ("fcntl", "ensurepip", "venv", "pip", "packaging", "re", "importlib"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r} + ' ')\n")
+    executable(
+        project.root / "bare" / "python3",
+        f"""#!/bin/sh
+        case "$*" in
+        *"sys.executable"*) echo "$0"; exit ;;
+        "-m venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+        esac
+        case "$*" in
+        "-m "*) exec "{sys.executable}" "$1" "$2" --help ;;
+        esac
+        exec "{sys.executable}" "$@"
+        """,
+    )
+    project.environment["PYTHON"] = str(project.root / "bare" / "python3")
+    (project.root / "requirements.txt").write_text("absent-thing\n")
+    script = f'. "{project.root}/tools/environment.sh"; use_environment requirements.txt'
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, env=project.environment, capture_output=True, text=True, timeout=60
+    )
+    assert "Installing" in done.stderr and not (tmp_path / "imported").exists(), done.stderr

@@ -1,8 +1,10 @@
 """Writes to a disk that may be full, read-only or gone: a file is written whole or not at all, and errors name it."""
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +62,32 @@ def _temporary_name(path: Path) -> str:
         return name
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
     return f"{_TEMPORARY}{os.getpid()}-{digest}{path.suffix[-16:]}"
+
+
+def read_regular(path: Path, most: int = 1 << 28) -> bytes:
+    """The content of a regular file: a pipe would be waited for, and a device has no end.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it can't be read, is not a regular file, or has more than `most` bytes.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {size(most)}", str(path))
+    return path.read_bytes()
+
+
+def check_regular(folder: Path) -> None:
+    """Check that a folder has nothing but files and folders in it, which may be links.
+
+    Raises:
+        UserError: it has something else, such as a pipe or a device, which must not be written.
+    """
+    odd = [path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise UserError(f"{odd[0]}: neither a file nor a folder; move it away")
 
 
 def remove_temporary(folder: Path) -> None:

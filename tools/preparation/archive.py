@@ -1,5 +1,6 @@
 """Archives from anywhere: nothing in them can get out of the folder, be a link, or fill the disk."""
 
+import os
 import stat
 import tarfile
 import tempfile
@@ -11,6 +12,7 @@ from util.progress import track
 
 _MOST_FILES = 1_000_000
 _MOST_HEADER = 1 << 20  # bytes of a name or of a PAX header, which tarfile would read into memory whatever they are
+_CHUNK = 1 << 20
 
 Archive = zipfile.ZipFile | tarfile.TarFile
 Info = zipfile.ZipInfo | tarfile.TarInfo
@@ -31,17 +33,22 @@ def unpack(archive: Path, folder: Path, limit: int) -> None:
         UserError: it is no archive, damaged, or has something that it should not have.
     """
     if not archive.is_file():
-        raise UserError(f"{archive}: there is no such file")
+        raise UserError(
+            f"{archive}: " + ("not a regular file" if os.path.lexists(archive) else "there is no such file")
+        )
     try:
         with _open(archive) as opened:
             files = _check(opened, archive, folder, limit)
+            if isinstance(opened, tarfile.TarFile):
+                _read_to_the_end(opened, archive, limit)
             _extract(opened, files, folder)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{archive}: cannot be unpacked into {folder}: {error}") from error
     except Exception as error:  # on a damaged archive the readers raise nearly anything
-        raise UserError(f"{archive}: damaged, or of a kind that can't be read ({error})") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{archive}: damaged, or of a kind that can't be read ({reason})") from error
     print(f"{folder}: {len(files)} files")
     _print_base_dirs(files, folder)
 
@@ -69,9 +76,12 @@ def _check(opened: Archive, archive: Path, folder: Path, limit: int) -> dict[Pur
     files: dict[PurePosixPath, Info] = {}
     total = 0
     for info in opened.infolist() if isinstance(opened, zipfile.ZipFile) else opened:
+        _use_slashes(info)
         name, size, kind = _describe(info)
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):  # on this system or another
+        if _is_of_mac_os(path) and kind in ("file", "folder"):
+            continue
+        if path.is_absolute() or ".." in path.parts or set(name) & set(":\0"):  # on this system or another
             raise UserError(f"{archive}: {name!r} is not a name within a folder; nothing has been unpacked")
         if kind == "folder":
             continue
@@ -85,9 +95,40 @@ def _check(opened: Archive, archive: Path, folder: Path, limit: int) -> dict[Pur
         total += size
         if total > limit or len(files) > _MOST_FILES:
             raise UserError(f"{archive}: holds more than {limit / 1e9:g} GB or {_MOST_FILES:,} files; see --max_gb")
-        if (folder / path).exists():
+        if os.path.lexists(folder / path):  # a link that leads nowhere included
             raise UserError(f"{folder / path}: is there already; move it away, or unpack into another folder")
     return files
+
+
+def _read_to_the_end(opened: tarfile.TarFile, archive: Path, limit: int) -> None:
+    """Read a tar archive's end, where a compressed one has the checksum of all its content.
+
+    tarfile takes a damaged header for the end, and stops before what is behind the last file.
+
+    Raises:
+        UserError: the archive ends too early, or goes on behind its end.
+    """
+    opened.fileobj.seek(opened.offset)
+    count = 0
+    while chunk := opened.fileobj.read(_CHUNK):
+        count += len(chunk)
+        if chunk.strip(b"\0") or count > limit + _MOST_HEADER:
+            raise UserError(f"{archive}: damaged: it goes on behind its end")
+    if count < tarfile.BLOCKSIZE:
+        raise UserError(f"{archive}: cut short: it has no end")
+
+
+def _use_slashes(info: Info) -> None:
+    """Take backslashes in a name, as old programs for Windows wrote them, for what they stand for."""
+    if isinstance(info, tarfile.TarInfo):
+        info.name = info.name.replace("\\", "/")
+    else:
+        info.filename = info.filename.replace("\\", "/")
+
+
+def _is_of_mac_os(path: PurePosixPath) -> bool:
+    """Whether macOS has added this to an archive: a file's resource fork, which has the file's name after "._"."""
+    return "__MACOSX" in path.parts or path.name.startswith("._") or path.name == ".DS_Store"
 
 
 def _describe(info: Info) -> tuple[str, int, str]:

@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -34,11 +35,17 @@ def download(url: str, path: Path) -> None:
     """
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url {url}: not an address that begins with http:// or https://")
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path}: is there already; unpack it, or move it away to fetch it anew")
     part, note = (path.with_name(path.name + suffix) for suffix in (".part", ".part.json"))
+    if os.path.lexists(part) and not (_is_own(note) and part.is_file() and not part.is_symlink()):
+        raise UserError(f"{part}: is there, and is not what a download of this program has left; move it away")
+    if os.path.lexists(note) and not _is_own(note):
+        raise UserError(f"{note}: is there, and is not what a download of this program has left; move it away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            note.write_text("null", encoding="utf-8")  # says whose the part is
         part.touch()
     except OSError as error:
         raise UserError(f"{part}: cannot be written: {error.strerror}") from error
@@ -49,6 +56,8 @@ def download(url: str, path: Path) -> None:
             try:
                 _transfer(url, part, note)
                 break
+            except (http.client.InvalidURL, ValueError, OverflowError) as error:
+                raise UserError(f"--url {url}: not an address that can be asked ({error})") from error
             except (OSError, http.client.HTTPException) as error:
                 answered = isinstance(error, urllib.error.HTTPError)
                 reason = str(error if answered else getattr(error, "reason", error)) or type(error).__name__
@@ -97,7 +106,7 @@ def _transfer(url: str, part: Path, note: Path) -> None:
             tag = answer.headers.get("ETag") or "W/"  # a weak one doesn't tell versions apart
             note.write_text(json.dumps(answer.headers.get("Last-Modified") if tag.startswith("W/") else tag), "utf-8")
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            note.unlink(missing_ok=True)  # the next attempt asks for all of it
+            note.write_text("null", encoding="utf-8")  # the next attempt asks for all of it
             raise ConnectionError("the server sent another part than the one asked for")
         length = int(answer.headers.get("Content-Length") or 0)
         chunks = iter(lambda: answer.read(_CHUNK), b"")
@@ -106,6 +115,16 @@ def _transfer(url: str, part: Path, note: Path) -> None:
             file.flush()
         if length and file.tell() != start + length:
             raise ConnectionError(f"the transfer broke off after {file.tell():,} of {start + length:,} bytes")
+
+
+def _is_own(note: Path) -> bool:
+    """Whether a file is a note of this program: the name of a version, or null."""
+    try:
+        if note.is_symlink() or not note.is_file() or note.stat().st_size > _CHUNK:
+            return False
+        return isinstance(json.loads(note.read_text(encoding="utf-8")), str | None)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _version(note: Path) -> str | None:

@@ -43,6 +43,9 @@ def _scalars(run: Run) -> dict[str, list[tuple[int, float]]]:
     """All scalars of the events by tag; an error in reading them is added to the run's problems."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if len(run.events) < len(list(run.folder.glob("*tfevents*"))):  # TensorBoard would wait for a pipe for ever
+        run.problems.append("TensorBoard's events: not all of them are regular files")
+        return {}
     kinds = ("images", "tensors", "audio", "histograms", "compressedHistograms")
     events = EventAccumulator(str(run.folder), size_guidance={"scalars": 0} | dict.fromkeys(kinds, 1))
     try:

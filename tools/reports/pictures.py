@@ -10,7 +10,9 @@ import torch
 
 import data
 from models.separator import load_separator
+from options import PUBLISHED_DATA
 from options.arguments import train_parser
+from options.config import parsed
 from util.errors import UserError
 from util.evaluation import Separated, measure
 from util.images import read_image
@@ -71,8 +73,11 @@ def _recipe(run: Run, options: argparse.Namespace) -> argparse.Namespace:
     """The run's options, with defaults for those it lacks, changed so that they only evaluate."""
     if not run.options:
         raise UserError(f"{run.folder}: {run.problems[0]}; without it there is only --pictures none")
-    values = {action.dest: action.default for action in train_parser()._actions} | run.options
-    values["base_dir"] = options.base_dir or Path(str(values["base_dir"]))
+    parser = train_parser()
+    defaults = {action.dest: action.default for action in parser._actions}
+    known = {key: value for key, value in run.options.items() if key in defaults and value is not None}
+    values = defaults | parsed(parser, known, str(RunFolder(run.folder).options))
+    values["base_dir"] = options.base_dir or values["base_dir"] or PUBLISHED_DATA
     values["vgg_weights"] = options.vgg_weights or values["vgg_weights"]
     if not values["base_dir"].is_dir():
         raise UserError(f"--base_dir {values['base_dir']}: there is no such folder; say where the run's data is now")

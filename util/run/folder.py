@@ -72,6 +72,7 @@ class RunFolder:
             UserError: it can't be made, or another job is at work in it; in every process.
         """
         path = world.from_main(lambda: _make(options))
+        world.from_main(lambda: _check_files(path))
         with Lock(path) as lock:
             world.from_main(lambda: lock.acquire(log))
             if path.name != options.name:
@@ -198,6 +199,18 @@ def check_resumable(options: Namespace) -> None:
             f"--resume: {folder.last} does not exist; runs that can be resumed: {', '.join(there) or 'none'} "
             "(--resume auto starts anew where there is nothing)"
         )
+
+
+def _check_files(path: Path) -> None:
+    """Check that no file that the run reads or writes is a pipe or a device.
+
+    Raises:
+        UserError: one is.
+    """
+    folder = RunFolder(path)
+    for part in (path, folder.per_image, folder.panels):
+        if part.is_dir():
+            disk.check_regular(part)
 
 
 def _make(options: Namespace) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from util import tables
+from util import disk, tables
 from util.errors import UserError
 from util.published import AVERAGE
 from util.run.folder import EVENTS, RunFolder
@@ -103,8 +103,13 @@ class Run:
     @property
     def hours(self) -> float | None:
         """The time between the first and the last TensorBoard event of every start, summed; None without events."""
-        spans = [span for path in self.folder.glob(f"{EVENTS}*") if (span := _span(path)) is not None]
+        spans = [span for path in self.events if (span := _span(path)) is not None]
         return sum(spans) / 3600 if spans else None
+
+    @property
+    def events(self) -> list[Path]:
+        """TensorBoard's files; what has such a name, but is a pipe or a device, is left out."""
+        return sorted(path for path in self.folder.glob(f"{EVENTS}*") if path.is_file())
 
     @property
     def disk(self) -> int:
@@ -139,7 +144,12 @@ def find_runs(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; name the one that holds the runs (--checkpoints_dir)")
     found = []
-    for place, folders, _ in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise error
+
+    for place, folders, _ in os.walk(folder, onerror=refuse):
         if is_run(Path(place)):
             found.append(Path(place))
             folders.clear()
@@ -152,7 +162,10 @@ def find_runs(folder: Path) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Read a run's folder; what is damaged is listed in its `problems`."""
     run = Run(folder)
-    run.starts = [line for line in _json_lines(RunFolder(folder).starts) if isinstance(line, dict)]
+    try:
+        run.starts = [line for line in _json_lines(RunFolder(folder).starts) if isinstance(line, dict)]
+    except OSError as error:
+        run.problems.append(f"starts.jsonl: {' '.join(str(error).split())}")
     _read_options(run)
     _read_lines(run)
     return run
@@ -160,7 +173,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_options(run: Run) -> None:
     try:
-        text = RunFolder(run.folder).options.read_text(encoding="utf-8")
+        text = disk.read_regular(RunFolder(run.folder).options).decode()
         options = yaml.safe_load(text)
     except FileNotFoundError:
         run.problems.append("no options.yaml")
@@ -181,7 +194,7 @@ def _read_lines(run: Run) -> None:
     path = RunFolder(run.folder).metrics
     try:
         run.lines = read_metrics(run.folder)
-        written = len(path.read_bytes().splitlines()) if path.exists() else 0
+        written = len(disk.read_regular(path).splitlines()) if path.exists() else 0
     except OSError as error:
         run.problems.append(f"metrics.jsonl: {' '.join(str(error).split())}")
         return
@@ -199,7 +212,7 @@ def read_metrics(folder: Path) -> list[dict]:
 def _json_lines(path: Path) -> list[object]:
     """The values of a file's lines, without the lines that can't be read; none where there is no file."""
     lines = []
-    for text in path.read_bytes().splitlines() if path.exists() else []:
+    for text in disk.read_regular(path).splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return lines
