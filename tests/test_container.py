@@ -1,6 +1,8 @@
 """mamba-container.sh and its Dockerfile, with stand-ins for docker, podman, nvidia-smi and nvidia-ctk."""
 
 import itertools
+import os
+import pwd
 import re
 import shlex
 import shutil
@@ -253,6 +255,28 @@ def test_no_toolkit_for_docker(docker):
 def test_no_toolkit_for_podman(podman):
     executable(podman.bin / "nvidia-ctk", "#!/bin/sh\n")
     assert "sudo nvidia-ctk cdi generate" in podman.refuses("start")
+
+
+def test_without_a_home_it_takes_the_systems_or_says_what_to_name(docker):
+    made = docker.state / "made"
+    (docker.bin / "mkdir").unlink()
+    executable(docker.bin / "mkdir", f'#!/bin/sh\necho "$2" >>"{made}"\n')
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    del docker.environment["HOME"]
+    for more in ({}, {"HOME": ""}):
+        run = docker.did("run", "true", **more)[-1]
+        assert f"{home}/.cache/torch:/opt/torch" in values(run, "--volume")
+    executable(docker.bin / "mkdir", "#!/bin/sh\nexit 1\n")
+    assert "TORCH_HOME=DIR names another" in docker.call("run", "true").stderr
+
+
+def test_it_runs_through_a_link(docker, tmp_path):
+    (tmp_path / "link").symlink_to(docker.project / "mamba-container.sh")
+    (docker.bin / "readlink").symlink_to(shutil.which("readlink"))
+    done = subprocess.run(
+        ["bash", str(tmp_path / "link"), "run", "true"], env=docker.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_needs_nothing(docker):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from options import PRETRAINED
 from tests.helpers import ROOT, errors, make_page
 from tools import report, summarize
 from util import program
@@ -52,6 +53,6 @@ def test_odd_options_of_a_run_are_one_line(tmp_path, capsys, line):
 def test_export_works_without_docstrings(tmp_path):
     """`python -OO`."""
     target = tmp_path / "a.safetensors"
-    given = [sys.executable, "-OO", "tools/export.py", "models/pretrained/dsrnet_xs.safetensors", "-o", str(target)]
+    given = [sys.executable, "-OO", "tools/export.py", str(PRETRAINED), "-o", str(target)]
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and target.exists(), done.stderr
