@@ -250,7 +250,7 @@ class Engine:
         self._save()
 
     def _evaluate_all(self, epoch: int) -> None:
-        sets = ({"val": self.loaders.val} if self.loaders.val else {}) | self.loaders.tests
+        sets = ({"val": self.loaders.val} if self.loaders.val is not None else {}) | self.loaders.tests
         self.record.start_evaluation(epoch, sets)
         for name, loader in sets.items():
             began = time.perf_counter()

@@ -70,10 +70,8 @@ def choose_backends(options, world) -> None:
     """
     from models import passes, scan
 
-    if options.scan_backend not in (None, "auto"):
-        reason = scan.available_backends(world.device.type)[options.scan_backend]
-        if reason:
-            raise UserError(f"--scan_backend {options.scan_backend}: {reason}")
+    if reason := scan.why_refused(options.scan_backend, world.device.type):
+        raise UserError(f"--scan_backend {reason}" if options.scan_backend else reason)
     scan.set_backend(options.scan_backend)
     if options.passes_backend == "cpu" and (reason := passes.why_not()):
         raise UserError(f"--passes_backend cpu: {reason}")

@@ -215,8 +215,12 @@ def _normal(name: str) -> str:
 
 
 def find_test_sets(root: Path) -> dict[str, Path]:
-    """Every test set below `root`, links followed: name -> folder. Where two folders share a name, the name is the path
-    below `root`."""
+    """Every test set below `root`, links followed: name -> folder. Where two folders share a name, it is the path below
+    `root`, joined by hyphens.
+
+    Raises:
+        UserError: a folder can't be read, or its name is that of something else in the record of a run.
+    """
     found, seen = [], set()
 
     def refuse(error: OSError) -> None:
@@ -233,9 +237,14 @@ def find_test_sets(root: Path) -> dict[str, Path]:
             found.append(Path(place))
         folders[:] = sorted(folder for folder in folders if folder not in LAYERS and not folder.startswith("."))
     counts = Counter(folder.name for folder in found)
-    return {
-        folder.name if counts[folder.name] == 1 else folder.relative_to(root).as_posix(): folder for folder in found
-    }
+    named: dict[str, Path] = {}
+    for folder in found:
+        name = folder.name if counts[folder.name] == 1 else "-".join(folder.relative_to(root).parts)
+        if name == "val" or name.startswith("average") or name in named:
+            taken = named.get(name, "the held-out pairs and the averages, which a run records under such names")
+            raise UserError(f"{folder}: a test set can't be named {name!r}, the name of {taken}; rename the folder")
+        named[name] = folder
+    return named
 
 
 def _check(

@@ -1,9 +1,14 @@
 """Folders: what is found, paired, held out, and refused."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
-from data import build_val_loader, discover
+from data import Loaders, build_val_loader, discover
+from data.folders import find_test_sets
+from engine import Engine
 from tests.helpers import PHOTOGRAPHS, options_for, write_noise, write_pairs
 from util.errors import UserError
 
@@ -87,7 +92,7 @@ def test_test_sets_may_lie_at_any_depth_and_share_names(base):
     (base / "test/empty/blended").mkdir(parents=True)
     (base / "test/empty/transmission_layer").mkdir()
     assert set(discover(options_for(base)).tests) == {
-        "PostcardDataset", "real20_420", "deep", "one/same", "two/same",
+        "PostcardDataset", "real20_420", "deep", "one-same", "two-same",
     }  # fmt: skip
 
 
@@ -182,3 +187,35 @@ def test_a_set_of_one_pair_is_all_trained_on(tmp_path):
     assert len(sets.pairs["real"]) == 1
     assert sets.validation == []
     assert build_val_loader(options_for(tmp_path), sets) is None
+
+
+def test_test_sets_of_one_name_and_names_that_a_record_needs(tmp_path):
+    for place in ("camera/day", "phone/day"):
+        write_pairs(tmp_path / "test" / place, "a")
+    assert sorted(find_test_sets(tmp_path / "test")) == ["camera-day", "phone-day"]
+    for name in ("val", "average", "average_published", "averages"):
+        write_pairs(tmp_path / name / "test" / name, "a")
+        with pytest.raises(UserError, match=f"{name}: a test set can't be named '{name}'.*rename the folder"):
+            find_test_sets(tmp_path / name / "test")
+
+
+def test_a_process_without_held_out_pairs_still_takes_part_in_their_evaluation(base):
+    """Fewer held-out pairs than processes: all of them must agree on which sets they evaluate."""
+    options = options_for(base)
+    sets = discover(options)
+    sets = replace(sets, validation=sets.tests[next(iter(sets.tests))][:1])
+    loaders = [build_val_loader(options, sets, rank, 2) for rank in range(2)]
+    assert [len(loader) for loader in loaders] == [1, 0]
+    evaluated = []
+    for loader in loaders:
+        names = []
+        world = SimpleNamespace(gather=lambda rows: rows, share=lambda value: value, is_main=False)
+        record = SimpleNamespace(
+            start_evaluation=lambda epoch, sets, names=names: names.extend(sets),
+            **dict.fromkeys(("evaluation", "panel", "averages"), lambda *_: None),
+        )
+        engine = SimpleNamespace(loaders=Loaders(None, loader, {"x": loader}, {}), record=record, world=world)
+        engine.global_step, engine.evaluate = 0, lambda loader, name: ([], [])
+        Engine._evaluate_all(engine, 1)
+        evaluated.append(names)
+    assert evaluated == [["val", "x"], ["val", "x"]]

@@ -27,7 +27,7 @@ With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to th
     backends/mamba_ssm.py    the CUDA kernel of the `mamba_ssm` package
 """
 
-from models.scan.backends import BACKENDS, available_backends, set_backend
+from models.scan.backends import BACKENDS, available_backends, set_backend, why_refused
 from models.scan.backends.reference import selective_scan_reference
 from models.scan.causal_conv import causal_conv1d
 from models.scan.operator import selective_scan
@@ -39,4 +39,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_reference",
     "set_backend",
+    "why_refused",
 ]

@@ -47,6 +47,16 @@ def requested_backend() -> str | None:
     return _requested
 
 
+def why_refused(requested: str | None, device: str) -> str | None:
+    """What is wrong with the requested backend or, without a request, with that of SCAN_BACKEND; None if nothing is."""
+    name = requested or os.environ.get("SCAN_BACKEND") or "auto"
+    source = "" if requested else "SCAN_BACKEND "
+    if name not in BACKENDS:
+        return f"{source}{name}: there is no such scan backend; there are {', '.join(BACKENDS)}"
+    reason = None if name == "auto" else why_not(name, device)
+    return f"{source}{name}: {reason}" if reason else None
+
+
 def available_backends(device: str) -> dict[str, str | None]:
     """For every backend: None where it works on tensors of `device` ("cpu", "cuda"), else the reason."""
     return {name: why_not(name, device) for name in NAMES}
