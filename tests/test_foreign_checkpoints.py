@@ -11,6 +11,7 @@ import torch
 
 from models.arch import create_model
 from models.weights import architecture_of, load_weights
+from options import PRETRAINED
 from tests.helpers import GOLDEN, Malicious, flipped, published_state, same
 from util.errors import UserError
 from util.run import checkpoint
@@ -89,6 +90,16 @@ def test_every_turned_bit_of_exported_weights_is_noticed(tmp_path):
         except UserError:
             pass
     assert unnoticed == []
+
+
+@pytest.mark.parametrize("path", sorted(PRETRAINED.parent.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_the_weights_that_come_with_the_code_have_a_digest(path, tmp_path):
+    data = path.read_bytes()
+    assert same(checkpoint.load(path), checkpoint.load(path))
+    copy = tmp_path / path.name
+    copy.write_bytes(flipped(data, 8 * (len(data) - 1000)))
+    with pytest.raises(UserError, match="its digest says"):
+        checkpoint.load(copy)
 
 
 def _deep_list(shared: bool) -> list:
