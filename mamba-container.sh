@@ -97,7 +97,8 @@ add_gpus() {
 set_options() {
     local data=${DATASET:-} weights more
     [ -n "${HOME-}" ] || unset HOME # ~ is then the home that the system's table of users has
-    weights=${TORCH_HOME:-$(echo ~)/.cache/torch}
+    weights=~ # the system's, where HOME is not set
+    weights=${TORCH_HOME:-$weights/.cache/torch}
     options=()
     add_gpus
     # Shared memory is what the loader's workers hand samples over in; a container's own has 64 MB.

@@ -12,10 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.scan import why_refused
 from models.scan.backends.reference import selective_scan_reference
-from models.separator import load_separator
-from options import PRETRAINED
 from tests.golden.fill import rng
 from tests.helpers import GOLDEN
 from tests.scans import (
@@ -34,7 +31,6 @@ from tests.scans import (
     run_python,
     shapes_of,
 )
-from util.errors import UserError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -314,11 +310,3 @@ def test_in_tritons_interpreter():
         CUDA_VISIBLE_DEVICES="",
     )
     assert "passed" in output
-
-
-@pytest.mark.parametrize("name", ["triton", "mistyped"])
-def test_a_backend_of_the_environment_that_cannot_run_is_one_line(name, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("SCAN_BACKEND", name)
-    assert f"SCAN_BACKEND {name}: " in why_refused(None, "cpu") and why_refused("cpu", "cpu") is None
-    with pytest.raises(UserError, match=f"SCAN_BACKEND {name}: "):
-        load_separator(PRETRAINED, gpu_ids=[])

@@ -12,8 +12,10 @@ from torch import Tensor
 from models import separator as separators
 from models import tiles, weights
 from models.arch import create_model, list_models
+from models.scan import why_refused
 from models.separator import Separator, load_separator
 from models.weights import architecture_of
+from options import PRETRAINED
 from options.arguments import STRIDE
 from tests.helpers import GOLDEN, Local, published_state
 from util.errors import UserError
@@ -228,3 +230,11 @@ def test_precision_is_that_of_the_training(trained, tmp_path):
     assert not load_separator(trained, gpu_ids=[]).model.bf16, "nothing is said"
     assert load_separator(tmp_path / "bf16.pt", gpu_ids=[]).model.bf16
     assert not load_separator(tmp_path / "bf16.pt", gpu_ids=[], precision="fp32").model.bf16
+
+
+@pytest.mark.parametrize("name", ["triton", "mistyped"])
+def test_a_backend_of_the_environment_that_cannot_run_is_one_line(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SCAN_BACKEND", name)
+    assert f"SCAN_BACKEND {name}: " in why_refused(None, "cpu") and why_refused("cpu", "cpu") is None
+    with pytest.raises(UserError, match=f"SCAN_BACKEND {name}: "):
+        load_separator(PRETRAINED, gpu_ids=[])
