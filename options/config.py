@@ -33,7 +33,7 @@ PRETRAINED_RECIPE = {
     "epoch_size": 160,
     "batchSize": 8,
     "crop_size": 96,
-    "lr": 1e-4,
+    "lr": 2e-4,
     "lambda_vgg": 0.0,
     "lambda_excl": 0.0,
     "lambda_mse": 3.0,
