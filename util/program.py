@@ -15,8 +15,9 @@ from util.errors import UserError, printable
 
 _ROOT = Path(__file__).resolve().parents[1]
 
-# Ctrl-C; kill, Slurm's scancel and the end of its time limit; a closed terminal; what --signal sends before either.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What ends a program: Ctrl-C; kill, Slurm's scancel and the end of its time limit; a closed terminal; what --signal
+sends before either."""
 # What is wrong with a path that was named, wherever it is looked at first: a name that is too long, links in a circle,
 # a folder that may not be searched.
 _OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
@@ -149,9 +150,8 @@ class Interrupt:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
-        for name in _SIGNALS:
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -117,6 +117,20 @@ def test_the_runner_has_torchrun_hand_on_every_signal(ignored, tmp_path):
     assert handed_on == {"SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"} | (set() if ignored else {"SIGHUP"})
 
 
+@pytest.mark.parametrize(
+    ("seed", "tries"), [(1, 2), pytest.param(3, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_to_the_process_group_while_workers_start(seed, tries, tiny_data, tmp_path):
+    command = [sys.executable, "-m", "tests.faults.signalling", tiny_data, tmp_path, str(seed), str(tries)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == tries
+    for one in found:
+        assert one["status"] == 128 + signal.Signals[one["signal"]] and one["step"] is not None, one
+        assert one["stopped"] == 1 and one["odd"] == [], one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_several_processes_save_and_end(number, tiny_data, tmp_path):

@@ -5,9 +5,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from tests.helpers import (
 )
 from util.errors import UserError
 from util.images import read_rgb
+from util.program import SIGNALS
 from util.run.reader import read_metrics
 
 BREAKING = {
@@ -225,20 +227,30 @@ def test_workers_that_are_killed_change_nothing(base, capsys):
     assert "killed (SIGKILL)" in told and "1 of 3" in told
 
 
-def test_a_signal_to_all_processes_leaves_the_loader_usable(base):
-    """As Slurm and shells send it: the fork server dies, too."""
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(base):
+    """As a shell and Slurm send it: only the main process acts on it, and needs the others to the end."""
     options = ("--epoch_size", 30)
     whole = batches(loader_of(base, *options))
     loader = loader_of(base, *options, "--nThreads", 2)
     loader.batch_sampler.seek(0)
     found = []
     for batch in loader:
-        if len(found) == 3:
-            for worker in loader.workers:
-                os.kill(worker.pid, signal.SIGTERM)
-            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGTERM)
+        if len(found) < len(SIGNALS):
+            others = [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
+            others += [worker.pid for worker in loader.workers]
+            subprocess.run(["kill", f"-{SIGNALS[len(found)]:d}", *map(str, others)], check=True)
         found.append(batch)
     assert_same(found, whole)
+    assert loader.faults["restarts"] == 0 and all(Path(f"/proc/{process}").exists() for process in others)
+
+
+def test_the_main_process_can_still_end_a_worker(base):
+    loader = loader_of(base, "--nThreads", 1)
+    loader.batch_sampler.seek(0)
+    next(iter(loader))
+    loader.workers[0].terminate()
+    loader.workers[0].join(20)
+    assert loader.workers[0].exitcode is not None
 
 
 class Deadly(Dataset):
