@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.arch import create_model
 from tests.helpers import ROOT, arguments, same, state_of, wait_for_writes
 from util import distributed
 from util.distributed import World
@@ -72,6 +75,25 @@ def test_the_end_says_which_rank_and_what_to_do(tmp_path):
     assert "rank 3 has shown no life for 45 s; rank 1 ends" in done.stderr and "--max-restarts" in done.stderr
 
 
+def test_gradients_have_the_strides_that_the_exchange_expects():
+    """Else DistributedDataParallel copies them, and says so in every log."""
+    distributed.dist.init_process_group("gloo", store=distributed.dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = create_model("dsrnet_xs")
+        image = torch.rand(1, 3, 32, 32)
+        sum(output.square().mean() for output in network(image)).backward()
+        alone = [parameter.grad.clone() for parameter in network.parameters()]
+        network.zero_grad()
+        parallel = World(torch.device("cpu"), size=2).parallel(network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sum(output.square().mean() for output in parallel(image)).backward()
+    finally:
+        distributed.dist.destroy_process_group()
+    for parameter, gradient in zip(network.parameters(), alone, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.stride() == parameter.stride()
+
+
 def ranks(data: Path, runs: Path, *more: str, restarts: int = 0) -> list[str]:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}")
     return [sys.executable, *launch, "train_sirs.py", *arguments(data, runs, *more)]
@@ -122,13 +144,11 @@ def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken)
     program.write_text(f"""
 import sys
 from pathlib import Path
-from torch import distributed
 sys.path.insert(0, {str(ROOT)!r})
 import data
 discover = data.discover
 def then_break(options):
     sets = discover(options)
-    distributed.barrier()  # both have found it
     Path({str(folder / "test/demo_clip/blended/01.png")!r}).unlink(missing_ok=True)
     return sets
 if {broken}:
