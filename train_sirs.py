@@ -40,7 +40,7 @@ def train(options) -> int:
     world = join(options.gpu_ids)
     log = print if world.is_main else lambda *_: None
     choose_backends(options, world)
-    check_resumable(options)
+    world.from_main(lambda: check_resumable(options))
     loaders = build_loaders(options, world, log)
     with RunFolder.open(options, world, log) as folder:
         options.name = folder.path.name
@@ -53,7 +53,7 @@ def train(options) -> int:
         count = sum(parameter.numel() for parameter in engine.network.parameters())
         processes = f", {world.size} processes" if world.size > 1 else ""
         log(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
-        if options.resume and folder.can_resume():
+        if options.resume and world.share(folder.can_resume()):
             for line in engine.resume():
                 log(line)
             log(f"resuming {folder.path} after {engine.epoch} epochs and {engine.step} steps")
@@ -68,13 +68,15 @@ def choose_backends(options, world) -> None:
     Raises:
         UserError: they can't be computed like that on this machine.
     """
-    from models import passes, scan
+    import torch
 
-    if reason := scan.why_refused(options.scan_backend, world.device.type):
-        raise UserError(f"--scan_backend {reason}" if options.scan_backend else reason)
+    from models import check_backends, passes, scan
+    from models.arch import create_model
+
+    with torch.device("meta"):  # the network without its weights
+        network = create_model(options.inet)
+    check_backends(network, world.device.type, options.scan_backend, options.passes_backend)
     scan.set_backend(options.scan_backend)
-    if options.passes_backend == "cpu" and (reason := passes.why_not()):
-        raise UserError(f"--passes_backend cpu: {reason}")
     passes.set_backend(options.passes_backend)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     for name in ("scan", "passes"):

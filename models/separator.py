@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import tiles
+from models import check_backends, tiles
 from models.arch import create_model, list_models
-from models.arch.mamba import Mamba
 from models.dsrnet_model_sirs import DSRNetModel
 from models.features import build_features
-from models.scan import why_refused
 from models.weights import architecture_of, load_weights
 from options.arguments import STRIDE
 from util.device import available_memory, enough_memory, wants_bf16
@@ -193,8 +191,7 @@ def load_separator(
         vgg_weights = vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint)
     features = build_features(network.features, vgg_weights)
     device = join(gpu_ids).device
-    if any(isinstance(part, Mamba) for part in network.modules()) and (reason := why_refused(None, device.type)):
-        raise UserError(reason)
+    check_backends(network, device.type)
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
     model = DSRNetModel(network, features, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")

@@ -78,7 +78,7 @@ def _model(state: dict, vgg_weights: str | None):
     """The model that the run trained, with the weights of the step; options newer than the run have their defaults."""
     import torch
 
-    from models import build_model
+    from models import build_model, check_backends
     from util.device import wants_bf16
 
     recorded = {action.dest: action.default for action in train_parser()._actions} | state["options"]
@@ -86,6 +86,7 @@ def _model(state: dict, vgg_weights: str | None):
     recipe = argparse.Namespace(**recorded)
     recipe.vgg_weights = vgg_weights or recipe.vgg_weights
     model = build_model(recipe, wants_bf16(recipe.precision, torch.device("cpu")))
+    check_backends(model.network, "cpu")
     model.network.load_state_dict(state["network"])
     return model
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
+from models import build_model, check_backends
 from models.arch import create_model
 from models.arch.mamba import Mamba
 from models.arch.plain import plain_forward
@@ -101,6 +101,7 @@ def build(name: str, variant: Variant, device: str) -> nn.Module:
     extras = ["--checkpoint_activations"] if "checkpoint" in variant.parts else []
     options = train_parser().parse_args([f"--inet={name}", "--vgg_weights=random", *extras])
     model = build_model(options, bf16=variant.precision == "bf16")
+    check_backends(model.network, device)
     scaled_at_random(model.network, std=0.1)  # at their initial 0 some gradients vanish
     if variant.is_plain:
         return PlainModel(model).to(device)
