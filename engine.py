@@ -55,7 +55,7 @@ class Engine:
         self.optimizer = build_optimizer(self.network, options)
         self.samples_per_step = options.batchSize * options.accumulate * world.size
         self.identity = resume.identity(options, loaders.files, self.samples_per_step)
-        self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train else 0
+        self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train is not None else 0
         self.epoch = 0  # epochs done, evaluation included
         self.step = 0  # steps of the optimiser done in the current epoch
         self.global_step = 0
@@ -204,7 +204,7 @@ class Engine:
     def _stop_for(self, trouble: UserError | None) -> None:
         """Save the state and stop, if any process has trouble with its data."""
         if self.world.any(trouble is not None):
-            message = str(trouble or "another process cannot read its data")
+            message = str(trouble or "another process cannot go on (its own message says why)")
             if self.options.nEpochs:
                 self._save()
                 self.world.barrier()
@@ -248,10 +248,11 @@ class Engine:
         if (every := self.options.save_every) and self.epoch % every == 0 and self.world.is_main:
             self.folder.save_epoch(self.state(), self.epoch, self.options.keep)
         self._save()
+        self.record.epochs_done(self.epoch)
 
     def _evaluate_all(self, epoch: int) -> None:
         sets = ({"val": self.loaders.val} if self.loaders.val is not None else {}) | self.loaders.tests
-        self.record.start_evaluation(epoch, sets)
+        self.record.start_evaluation(epoch, self.global_step, sets)
         for name, loader in sets.items():
             began = time.perf_counter()
             rows, shown = self.evaluate(loader, name)
@@ -259,7 +260,7 @@ class Engine:
             self.record.evaluation(epoch, self.global_step, name, rows, time.perf_counter() - began)
             self.record.panel(self.global_step, name, shown)
         self.record.averages(epoch, self.global_step)
-        if self.world.is_main:
+        if self.world.is_main and sets:
             print(f"epoch {epoch}: {self.record.scores(epoch)}", flush=True)
 
     def _keep_best(self) -> None:
@@ -276,21 +277,17 @@ class Engine:
             Rows as of `util.evaluation.measure_images`, and the first --panels images.
 
         Raises:
-            UserError: an image can't be read, so that the means would not be those of the set; with the state saved.
+            UserError: an image can't be read, so that the means would not be those of the set, or there is no memory or
+                disk for one; with the state saved.
         """
         self.model.eval()
         network = self.ema.module if self.ema else None
-        troubles: list[UserError] = []
 
         def batches() -> Iterator[dict]:
-            # Processes have different numbers of images: only after the set can they agree to stop.
-            try:
-                for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
-                    yield batch
-                    if self.interrupt.signal is not None:
-                        return
-            except UserError as error:
-                troubles.append(error)
+            for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
+                yield batch
+                if self.interrupt.signal is not None:
+                    return
 
         def predict(mixture: Tensor) -> tuple[Tensor, ...]:
             with enough_memory(lambda: less_memory_for_images(tuple(mixture.shape), name, self.device)):
@@ -301,11 +298,15 @@ class Engine:
                 write_layers(one, self.folder.layers(name, one.name))
             return measure(one)
 
-        images = separate_batches(batches(), predict)
-        shown = list(itertools.islice(images, self.options.panels))
-        rows = measure_images(itertools.chain(shown, images), self.device, measure_and_write)
+        rows, shown, trouble = [], [], None
+        try:  # processes have different numbers of images, or none: only after the set can they agree to stop
+            images = separate_batches(batches(), predict)
+            shown = list(itertools.islice(images, self.options.panels))
+            rows = measure_images(itertools.chain(shown, images), self.device, measure_and_write)
+        except UserError as error:
+            trouble = error
         self._stop_if_asked()
-        self._stop_for(troubles[0] if troubles else None)
+        self._stop_for(trouble)
         return rows, shown
 
     # ---- state ------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_a_process_without_held_out_pairs_still_takes_part_in_their_evaluation(b
         names = []
         world = SimpleNamespace(gather=lambda rows: rows, share=lambda value: value, is_main=False)
         record = SimpleNamespace(
-            start_evaluation=lambda epoch, sets, names=names: names.extend(sets),
+            start_evaluation=lambda epoch, step, sets, names=names: names.extend(sets),
             **dict.fromkeys(("evaluation", "panel", "averages"), lambda *_: None),
         )
         engine = SimpleNamespace(loaders=Loaders(None, loader, {"x": loader}, {}), record=record, world=world)

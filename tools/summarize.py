@@ -81,7 +81,7 @@ def row(run, root: Path) -> dict:
         "recipe": recipe(run.options),
         "seed": run.options.get("seed"),
         "status": "; ".join(run.problems) or ("finished" if run.is_finished else "unfinished"),
-        "epochs": run.epochs[-1] if run.epochs else 0,
+        "epochs": run.epochs_done,
         "epochs_wanted": run.epochs_wanted,
         "epoch": epoch,
         "picked_by": by,

@@ -11,6 +11,7 @@ import models.arch
 from options import parse_train
 from tests.helpers import arguments
 from train_sirs import train
+from util.run.reader import METRICS
 
 RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "0.9", "--guard", "--save_every", "1")
 
@@ -52,6 +53,12 @@ def outcome(folder: Path) -> dict:
         "state": {key: value for key, value in state.items() if key != "options"},
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "images": {path.name: path.read_text() for path in (folder / "per_image").iterdir()},
+        "figures": {
+            tag: [(point.step, point.value) for point in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if tag.rpartition("/")[2] in METRICS
+        },
+        "pictures": {tag: [point.step for point in events.Images(tag)] for tag in events.Tags()["images"]},
         "curve": [(point.step, point.value) for point in events.Scalars("train/loss_total")],
         "panels": {path.name: path.read_bytes() for path in (folder / "panels").iterdir()},
         "checkpoints": sorted(path.name for path in folder.glob("*.pt")),

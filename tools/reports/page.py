@@ -113,7 +113,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
     machine = run.of_start("machine")
     facts = [
         ("model", run.model),
-        ("epochs", f"{run.epochs[-1] if run.epochs else 0} of {run.epochs_wanted}"),
+        ("epochs", f"{run.epochs_done} of {run.epochs_wanted}"),
         ("started", run.of_start("started")),
         ("machine", f"{machine}, torch {run.of_start('torch')}" if machine else ""),
         ("time", f"{run.hours:.2f} hours, evaluations included" if run.hours is not None else ""),

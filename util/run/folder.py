@@ -57,8 +57,12 @@ class RunFolder:
 
     def layers(self, test_set: str, image: str) -> dict[str, Path]:
         """The pictures that --save_images writes of a test image: "transmission" and "reflection"."""
-        folder = self.images / test_set
-        return {"transmission": folder / f"{image}_t.png", "reflection": folder / f"{image}_r.png"}
+        folder = self.images / disk.fitting(test_set)
+        return {layer: folder / disk.fitting(image, f"_{layer[0]}.png") for layer in ("transmission", "reflection")}
+
+    def panel(self, test_set: str) -> Path:
+        """The newest picture of a set."""
+        return self.panels / disk.fitting(test_set, ".png")
 
     @classmethod
     @contextmanager

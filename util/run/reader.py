@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
@@ -69,6 +70,12 @@ class Run:
         return sorted({line["epoch"] for line in self._of(wanted)})
 
     @property
+    def epochs_done(self) -> int:
+        """How many epochs are done; without held-out pairs and test sets none of them is evaluated."""
+        count = self.starts[-1].get("epochs") if self.starts else None
+        return max([count if _is_count(count) else 0, *self.epochs[-1:]])
+
+    @property
     def epochs_wanted(self) -> int | None:
         """The number of epochs that the run was started for."""
         wanted = self.options.get("nEpochs")
@@ -77,7 +84,8 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all epochs are done, the last one's evaluation included."""
-        return bool(self.epochs) and self.epochs_wanted is not None and self.epochs[-1] >= self.epochs_wanted
+        wanted = self.epochs_wanted
+        return wanted is not None and (self.epochs_done >= wanted if wanted else bool(self.epochs))
 
     def line(self, name: str, epoch: int | None, estimate: str = "model") -> dict | None:
         """The line of a set and epoch; the untouched input has epoch 0."""
@@ -200,7 +208,7 @@ def _read_lines(run: Run) -> None:
         return
     if written > len(run.lines):
         run.problems.append(f"metrics.jsonl: {written - len(run.lines)} of {written} lines can't be read")
-    if not run.lines:
+    if not run.lines and not run.epochs_done:
         run.problems.append("nothing has been evaluated")
 
 
@@ -270,26 +278,36 @@ def is_plain(value: object) -> bool:
     return all(part is None or isinstance(part, str | int | float) for part in parts)
 
 
+def event_lengths(file: BinaryIO) -> Iterator[int]:
+    """Go through the records of TensorBoard's file of events; the file is then at the event, of the length given.
+
+    A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
+    and its time. What a kill has cut off at the end is left out.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = 0
+    while start + 16 <= size:
+        file.seek(start)
+        (length,) = struct.unpack("<Q", file.read(8))
+        start += 16 + length
+        if start <= size:
+            file.seek(start - 4 - length)
+            yield length
+
+
 def _span(path: Path) -> float | None:
     """Seconds between the first and the last record of an events file.
 
     Only the heads of the records are read. If the clock was set back, no more is lost than the time to the next record.
-
-    A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
-    and its time.
     """
     times = []
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            while len(head := file.read(21)) == 21:
-                length, _, tag, when = struct.unpack("<QIBd", head)
-                after = file.tell() - 9 + length + 4
-                if tag != 9 or not math.isfinite(when) or after > size:
+            for length in event_lengths(file):
+                tag, when = struct.unpack("<Bd", file.read(9)) if length >= 9 else (0, 0.0)
+                if tag != 9 or not math.isfinite(when):
                     break
                 times.append(when)
-                file.seek(after)
     except OSError:
         return None
     return sum(max(0.0, later - earlier) for earlier, later in pairwise(times)) if times else None

@@ -15,11 +15,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -35,7 +37,7 @@ from util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
 from util.images import write_image
 from util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
 from util.run.folder import EVENTS, RunFolder
-from util.run.reader import METRICS, read_metrics, read_run
+from util.run.reader import METRICS, Run, event_lengths, read_metrics, read_run
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)
@@ -65,7 +67,8 @@ class Record:
         start |= {"machine": platform.platform()} | {
             key: value for key, value in as_text(options, [START]).items() if value
         }
-        _write_lines(self.folder.starts, [*read_run(folder).starts, start])
+        self._starts = [*read_run(folder).starts, start]
+        self.epochs_done(epochs_done)
         text = yaml.safe_dump(as_text(options, RECORDED), sort_keys=True, allow_unicode=True)
         with disk.replacing(self.folder.options) as path:
             path.write_text(text, encoding="utf-8")
@@ -101,10 +104,18 @@ class Record:
                 values = [*(row["model"][m] for m in METRICS), *(row["input"][m] for m in METRICS)]
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
 
-    def start_evaluation(self, epoch: int, names: Collection[str]) -> None:
+    def epochs_done(self, count: int) -> None:
+        """Note with this start how many epochs are done; of an epoch without evaluation, nothing else is recorded."""
+        if self.active:
+            self._starts[-1]["epochs"] = count
+            _write_lines(self.folder.starts, self._starts)
+
+    def start_evaluation(self, epoch: int, step: int, names: Collection[str]) -> None:
         """Delete what an earlier evaluation of these sets in this epoch, whole or cut off, has left."""
         if not self.active:
             return
+        curves = {f"{name}/{metric}" for name in (*names, *_AVERAGES) for metric in METRICS}
+        self._events.forget(step, curves | {f"panels/{name}" for name in names})
 
         def stays(line: dict) -> bool:
             other = line["set"] not in names and line["set"] not in _AVERAGES
@@ -157,7 +168,7 @@ class Record:
             padded = [np.pad(row, ((0, 8), (0, width - row.shape[1]), (0, 0)), constant_values=1.0) for row in rows]
             picture = np.concatenate(padded)
             self._events.add(summary.image(f"panels/{name}", picture, dataformats="HWC"), step)
-            write_image(self.folder.panels / f"{name}.png", picture)
+            write_image(self.folder.panel(name), picture)
 
     def close(self) -> None:
         """Close what is open."""
@@ -243,6 +254,7 @@ class _Events:
     """
 
     def __init__(self, folder: Path, step: int):
+        self._folder, self._step = folder, step
         # TensorBoard reads the files by name; the clock may have been set back since the last one.
         numbers = [int(part) for path in folder.glob(f"{EVENTS}*") if (part := path.name.split(".")[3]).isdigit()]
         number = max([int(time.time()), *(number + 1 for number in numbers)])
@@ -256,6 +268,17 @@ class _Events:
     def add(self, content: Summary, step: int) -> None:
         self._write(Event(step=step, summary=content))
 
+    def forget(self, step: int, tags: Collection[str]) -> None:
+        """Have TensorBoard ignore the points of a step with these tags that an earlier start has left.
+
+        It can only be told to ignore all points from a step on; so the other points of the step are written once more.
+        Points of steps after the one of this start are ignored already.
+        """
+        points = _points(self._folder, step) if step == self._step else {}
+        if not points.keys().isdisjoint(tags):
+            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+            self.add(Summary(value=[point for tag, point in points.items() if tag not in tags]), step)
+
     def close(self) -> None:
         with disk.writing(self.path):
             self._file.close()
@@ -265,6 +288,18 @@ class _Events:
         with disk.writing(self.path):
             self._writer.write(event.SerializeToString())
             self._file.flush()
+
+
+def _points(folder: Path, step: int) -> dict[str, Summary.Value]:
+    """The points of a step in a run's files of events by their tags, the latest of each."""
+    points = {}
+    for path in Run(folder).events:
+        with path.open("rb") as file, suppress(DecodeError):  # TensorBoard, too, reads a damaged file up to there
+            for length in event_lengths(file):
+                event = Event.FromString(file.read(length))
+                if event.step == step:
+                    points |= {value.tag: value for value in event.summary.value}
+    return points
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
