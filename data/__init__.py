@@ -60,7 +60,7 @@ def build_loaders(options: Namespace, world: World, log: Callable[[str], None]) 
         log("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
         log(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
         world.from_main(lambda: build_demo(options.base_dir))
-    sets = discover(options)
+    sets = world.from_main(lambda: discover(options))  # one look at the files: all processes must have the same sets
     for line in sets.describe():
         log(line)
     files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}

@@ -71,6 +71,10 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
+    def __bool__(self) -> bool:
+        """True, even if this process has no batch of the set: it takes part in what all processes do with it."""
+        return True
+
     def __iter__(self) -> Iterator[dict]:
         """Yield the batches.
 
