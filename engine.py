@@ -63,6 +63,7 @@ class Engine:
         self.saved: int | None = None  # step of the newest checkpoint
         self.guard = Guard() if options.guard else None
         blocks = {name: part for name, part in self.network.named_modules() if isinstance(part, Block)}
+        self.untouched: dict[tuple[str, str], dict[str, float]] = {}  # metrics of the input, by set and image
         self.norms = BlockNorms(blocks) if options.log_norms else None
         if options.compile != "off":
             self.model.compile_step(graphs=options.compile == "graphs")
@@ -296,13 +297,14 @@ class Engine:
         def measure_and_write(one: Separated) -> dict[str, dict[str, float]]:
             if self.options.save_images:
                 write_layers(one, self.folder.layers(name, one.name))
-            return measure(one)
+            return measure(one, self.untouched.get((name, one.name)))
 
         rows, shown, trouble = [], [], None
         try:  # processes have different numbers of images, or none: only after the set can they agree to stop
             images = separate_batches(batches(), predict)
             shown = list(itertools.islice(images, self.options.panels))
             rows = measure_images(itertools.chain(shown, images), self.device, measure_and_write)
+            self.untouched |= {(name, row["name"]): row["input"] for row in rows}
         except UserError as error:
             trouble = error
         self._stop_if_asked()

@@ -22,7 +22,7 @@ from options import parse_train, train_parser
 from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
 from tools import replay
 from train_sirs import main, train
-from util import program
+from util import evaluation, program
 from util.errors import UserError
 from util.images import read_image
 from util.optim import learning_rate, parameter_groups
@@ -330,6 +330,17 @@ def test_decay_is_for_weights_of_convolutions_and_linear_layers():
         is_weight = name.endswith(".weight") and "norm" not in name
         assert (id(parameter) in decayed_ids) == is_weight, name
     assert len(decayed["params"]) + len(others["params"]) == len(list(net.parameters()))
+
+
+def test_the_untouched_input_is_measured_once_in_a_run(tiny_data, tmp_path, monkeypatch):
+    measured = []
+    plain = evaluation.quality_assess
+    monkeypatch.setattr(evaluation, "quality_assess", lambda *images: measured.append(images) or plain(*images))
+    folder = run(tiny_data, tmp_path, "--nEpochs", "2", "--epoch_size", "2", "--name", "twice")[1]
+    first, second = ((folder / f"per_image/epoch_00{epoch}.csv").read_text().splitlines() for epoch in (1, 2))
+    images = len(first) - 1
+    assert images >= 9 and len(measured) == 3 * images, "the model's twice, the input's once"
+    assert [line.split(",")[6:] for line in first] == [line.split(",")[6:] for line in second]
 
 
 def test_published_average_is_weighted_by_counts(tmp_path):

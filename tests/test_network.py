@@ -27,6 +27,7 @@ PARAMETERS = {
     "dsrnet_s": 9_871_590,
     "dsrnet_m": 53_553_830,
     "dsrnet_l": 124_602_022,
+    "dsrnet_l_nature": 123_667_622,
     "mdsrnet_l": 209_067_942,
     "mxdsrnet_l": 213_050_598,
     "mgdsrnet_l": 340_611_750,

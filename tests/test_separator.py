@@ -190,6 +190,10 @@ def test_architecture_is_found_by_the_published_parameters():
     for name in ("dsrnet_s", "mdsrnet_l"):
         state = {key: torch.zeros(()).expand(shape) for key, shape in shapes[name].items() if "seq_r" not in key}
         assert architecture_of({"icnn": state}, "x.pt") == name
+    gone = ("lrm.blocks_merge.2.", "lrm.blocks_merge.3.")
+    nature = {key: shape for key, shape in shapes["dsrnet_l"].items() if not key.startswith(gone)}
+    state = {key: torch.zeros(()).expand(shape) for key, shape in nature.items()}
+    assert architecture_of({"icnn": state}, "x.pt") == "dsrnet_l_nature"
 
 
 def test_every_architecture_is_found_and_unique():

@@ -64,12 +64,16 @@ def separate_batches(batches: Iterable[dict], predict: Callable[[Tensor], tuple[
             yield Separated(name, mixture, *parts, target_t, target_r)
 
 
-def measure(one: Separated) -> dict[str, dict[str, float]]:
-    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255."""
+def measure(one: Separated, untouched: dict[str, float] | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255.
+
+    Args:
+        untouched: the input's metrics, where they are known.
+    """
     target = pixels(one.target_t)
     return {
         "model": quality_assess(pixels(one.transmission.clamp(0, 1)), target),
-        "input": quality_assess(pixels(one.mixture), target),
+        "input": untouched or quality_assess(pixels(one.mixture), target),
     }
 
 

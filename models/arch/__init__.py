@@ -88,6 +88,11 @@ def dsrnet_l() -> DSRNet:
     return DSRNet(**_LARGE)
 
 
+def dsrnet_l_nature() -> DSRNet:
+    """dsrnet_l as published with the nature pairs: two blocks fewer in the residue module, 123.7 M parameters."""
+    return DSRNet(**_LARGE, residue=(2, 2))
+
+
 def mdsrnet_s() -> DSRNet:
     """M2DSRNet in the small layout."""
     return DSRNet(**_SMALL, block=MuGIM2)
