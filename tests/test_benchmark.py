@@ -33,7 +33,7 @@ def run(tmp_path):
         assert not main([*arguments, "--json", str(files[0]), "--markdown", str(files[1])])
         record = json.loads(files[0].read_text())
         header = {"command", "machine", "threads", "torch", "date"}
-        assert header < set(record["setting"])
+        assert header <= set(record["setting"])
         assert record["setting"]["command"].startswith(f"python tools/benchmark.py {arguments[0]} ")
         return record, files[1].read_text()
 
@@ -98,6 +98,13 @@ def test_step_forward_only(run, tmp_path, capsys):
     assert "### nanoseconds a pixel" in markdown
     assert json.loads(trace.read_text())["traceEvents"]
     assert "Self CPU" in capsys.readouterr().out
+
+
+def test_metrics(run):
+    published, ours = run("metrics", "--size", "64", "48", "--repeats", "2")[0]["measurements"]
+    assert (published["what"], ours["what"]) == ("published", "ours")
+    assert ours["ratio"] == pytest.approx(published["milliseconds"] / ours["milliseconds"])
+    assert all(ours[name] == pytest.approx(published[name]) for name in ("PSNR", "SSIM", "LMSE", "NCC"))
 
 
 def test_memory(run, tmp_path):

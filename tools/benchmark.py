@@ -10,6 +10,7 @@
     python tools/benchmark.py memory --inet dsrnet_s         peak memory over the size of the images
     python tools/benchmark.py data --nThreads 0 1 2          training samples a second
     python tools/benchmark.py eval --images 50               an evaluation beside its forward passes alone
+    python tools/benchmark.py metrics --size 544 416         the four measures beside the published computation
 
 Every comparison runs in one process with the competitors in turn, and medians are shown.
 """
@@ -31,7 +32,7 @@ from util.program import run
 def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_scan, _add_step, _add_memory, _add_data, _add_eval):
+    for add in (_add_scan, _add_step, _add_memory, _add_data, _add_eval, _add_metrics):
         add(commands)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -138,6 +139,20 @@ def _add_eval(commands) -> None:
     parser.add_argument("--save_images", action="store_true", help="write what is separated, too")
     parser.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="of each (default: 3)")
     _add_gpu(parser)
+    _add_output(parser)
+
+
+def _add_metrics(commands) -> None:
+    parser = commands.add_parser(
+        "metrics",
+        help="PSNR, SSIM, LMSE and NCC beside the published computation",
+        description="Measures a random picture, in turn with scikit-image's PSNR and SSIM of every channel, NumPy's "
+        "NCC, and LMSE window by window, as the published code computes them.",
+    )
+    parser.set_defaults(run="metrics.run_metrics")
+    parser.add_argument("--size", nargs=2, type=positive_int, default=[544, 416], metavar=("WIDTH", "HEIGHT"),
+                        help="of the picture (default: 544 416)")  # fmt: skip
+    parser.add_argument("--repeats", type=positive_int, default=9, metavar="N", help="of each (default: 9)")
     _add_output(parser)
 
 
