@@ -23,10 +23,9 @@ def check_backends(network, device: str, scan_backend: str | None = None, passes
         UserError: it can't.
     """
     from models import passes, scan
-    from models.arch.mamba import Mamba
 
     reasons = {"passes": passes.why_refused(passes_backend, device)}
-    if scan_backend or any(isinstance(part, Mamba) for part in network.modules()):
+    if scan_backend or any(isinstance(part, scan.Mamba) for part in network.modules()):
         reasons["scan"] = scan.why_refused(scan_backend, device)
     given = {"passes": passes_backend, "scan": scan_backend}
     for name, reason in reasons.items():

@@ -10,10 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, check_backends
 from models.arch import create_model
-from models.arch.mamba import Mamba
 from models.arch.plain import plain_forward
 from models.dsrnet_model_sirs import DSRNetModel
-from models.scan import set_backend
+from models.scan import Mamba, set_backend
 from options import train_parser
 from tools.inspection.costs import FORMULAS
 from tools.inspection.field import scaled_at_random
