@@ -285,6 +285,21 @@ def test_the_whole_program(tmp_path, pixels):
     assert np.abs(made - expected).max() <= 0.51
 
 
+def test_separating_imports_no_more_than_it_needs(tmp_path, pixels):
+    """torch's compiler, torchvision and Triton take two seconds to import, as long as all of the rest."""
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    code = (
+        "import sys\n"
+        "for name in ('torch._dynamo', 'torchvision', 'triton', 'skimage', 'matplotlib', 'tensorboard', 'lpips'):\n"
+        "    sys.modules[name] = None\n"
+        "from tools import infer\n"
+        f"sys.exit(infer.main([{str(tmp_path / 'photo.jpg')!r}, '--gpu_ids', '-1']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "photo_t.jpg").exists(), done.stdout
+
+
 def test_broken_checkpoint_is_a_line(tmp_path, pixels, capsys):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png") == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.arch import create_model, list_models
-from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
+from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
 from models.arch.dsrnet import DSRNet
 from models.arch.fused import mutual_gate
 from models.arch.lrm import LearnableResidue
@@ -130,6 +130,26 @@ def test_named_model(name):
     assert outputs[2].abs().max() < 1
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("block", [MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG, NAF])
+def test_without_a_gradient_nothing_goes_through_autograd(block, backend, monkeypatch):
+    """The same values by the operators alone."""
+    monkeypatch.setenv("PASSES_BACKEND", backend)
+    block = with_scales(block(16))
+    x = normal("x", (2, 16, 8, 12))
+    expected = block(x).detach().numpy()
+
+    def refuse(*_):
+        raise AssertionError("an autograd function")
+
+    monkeypatch.setattr(torch.autograd.Function, "apply", refuse)
+    with pytest.raises(AssertionError, match="an autograd function"):
+        block(x)
+    for no_gradient in (torch.no_grad(), torch.inference_mode()):
+        with no_gradient:
+            assert relative_error(block(x), expected) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["dsrnet_xs", "mdsrnet_xs"])
 def test_small_enough_for_a_laptop(name):
     found = costs(name, 224, 224, depth=1)
@@ -175,7 +195,7 @@ def test_trains_without_vgg(tmp_path):
 
 
 def test_every_published_parameter_has_a_place():
-    for name in PARAMETERS:
+    for name in SHAPES:
         with torch.device("meta"):
             net = create_model(name)
         assert {translate(n) for n in SHAPES[name]} == set(net.state_dict())

@@ -116,6 +116,19 @@ def test_the_status_is_what_main_returns():
     assert [program.run(lambda _, status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
 
 
+def test_nothing_is_collected_while_a_program_starts_nor_when_it_ends():
+    code = (
+        "import atexit, gc\n"
+        "from util.program import starting\n"
+        "with starting():\n    print(gc.isenabled())\n"
+        "print(gc.isenabled(), gc.get_freeze_count())\n"
+        "atexit._run_exitfuncs()\n"
+        "print(gc.get_freeze_count() > 1000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "0", "True"], done.stderr
+
+
 def test_what_computes_nothing_starts_without_torch(tmp_path):
     """The leaderboard, the report without pictures, the check of the data: torch alone takes seconds to import."""
     (tmp_path / "run").mkdir()

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options import parse_infer, separator_settings
+from options.arguments import STRIDE
 from util.errors import UserError, printable
 from util.jobs import Job, Plan, find_jobs, status
-from util.program import Interrupted, run
+from util.program import Interrupted, run, starting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,9 +58,6 @@ def infer(options: Namespace) -> int:
     Raises:
         UserError: a path names no photograph, or the network can't be loaded.
     """
-    from util.device import release_freed_memory
-    from util.progress import Progress
-
     plan = find_jobs(options)
     todo, skipped, problems = _todo(plan, options)
     for line in problems:
@@ -67,7 +65,11 @@ def infer(options: Namespace) -> int:
     began = time.monotonic()
     done, failed = 0, len(problems)
     if todo:
-        separator = _load(options)
+        with starting():
+            separator = _load(options)
+        from util.device import release_freed_memory
+        from util.progress import Progress
+
         progress = Progress("separating", len(todo))
         for job in todo:
             made, whole = _try(separator, job, progress)
@@ -213,11 +215,14 @@ def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] |
 
 
 def _load(options: Namespace) -> "Separator":
+    import numpy as np
+
     from models.separator import load_separator
     from util.device import keep_freed_memory
 
     keep_freed_memory()
     separator = load_separator(options.checkpoint, **separator_settings(options))
+    separator.separate(np.zeros((STRIDE, STRIDE, 3), np.uint8))  # loads the compiled kernels
     print(f"{separator.inet} on {separator.device}, tiles of {separator.tile} pixels", flush=True)
     return separator
 

@@ -12,8 +12,8 @@ gradients are not differentiable again.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from models.operators import custom_op
 from models.passes.backends import backend_module
 
 

@@ -372,10 +372,6 @@ def sum_groups(scratch, first, last, shape, groups, dB, dC, B_sum, C_sum):
 # From tensors to addresses -----------------------------------------------------------------------------
 
 
-def runs_on(device: str) -> bool:
-    return device == "cpu"
-
-
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     """The states with which tiles begin: a quarter of u's size for sixteen states."""
     return batch, -(-d // LANES), -(-length // TILE), n, LANES

@@ -11,10 +11,6 @@ from models.scan.backends.reference import flipped
 CHUNK = 2048  # steps between two states that the kernel keeps
 
 
-def runs_on(device: str) -> bool:
-    return device == "cuda"
-
-
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     """(decay, state) pairs at the end of every chunk."""
     return batch, d, -(-length // CHUNK), 2 * n
