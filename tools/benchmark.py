@@ -5,6 +5,7 @@
     python tools/benchmark.py scan --shapes 2,128,50176 2,1024,784 --json scan.json --plot scan.png
     python tools/benchmark.py step                           a training step beside a plainly written network's
     python tools/benchmark.py step --inet dsrnet_l --batches 1 2 4 --variants bf16 bf16+compile bf16+checkpoint
+    python tools/benchmark.py step --against ../DSRNet       beside the published code's, out of a clone of it
     python tools/benchmark.py step --sizes 256 --variants bf16 --profile trace.json
     python tools/benchmark.py step --forward_only --inet mdsrnet_s --variants fp32 --sizes 64 128 256 512
     python tools/benchmark.py memory --inet dsrnet_s         peak memory over the size of the images
@@ -166,6 +167,9 @@ def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
                              "+checkpoint (activations computed again) and +sequential (Mamba's scan as a loop over "
                              "the pixels), such as bf16+compile; ratios are to the first "
                              "(default: plain fp32 bf16)")  # fmt: skip
+    parser.add_argument("--against", type=Path, metavar="FOLDER",
+                        help="a clone of a published DSRNet or MDSRNet repository: its network with our weights, in "
+                             "fp32 and with torch's default AdamW, comes first, and ratios are to it")  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=sixteens, default=sizes, metavar="PIXELS",
                         help="height and width of the images, multiples of 16 "
                              f"(default: {' '.join(map(str, sizes))})")  # fmt: skip
