@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,21 @@ def test_a_defect_shows_its_traceback():
 
 def test_the_status_is_what_main_returns():
     assert [program.run(lambda _, status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)]
+)
+def test_threads_do_not_spin_for_long_unless_told_to(given, count):
+    """What OpenMP itself says. By its own 300,000 turns small steps took four times as long on a busy machine."""
+    code = "from util import program\nprogram.run(lambda _: __import__('torch') and None)"
+    plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = plain | {"OMP_DISPLAY_ENV": "verbose"} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not found:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert set(map(int, found)) == {count}
 
 
 def test_nothing_is_collected_while_a_program_starts_nor_when_it_ends():

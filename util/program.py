@@ -47,6 +47,7 @@ def run(
         requirements: the file that lists the packages the program needs.
     """
     _keep_streams_open()
+    _wait_patiently()
     try:
         with Interrupt(at_once=True):
             return main(argv) or 0
@@ -67,6 +68,16 @@ def run(
         number = getattr(stop, "number", signal.SIGINT)
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
+
+
+def _wait_patiently() -> None:
+    """Have threads that wait for each other spin a thirtieth as long as is usual before they sleep.
+
+    Where other programs want the processors, too, the thread that is waited for may not be running; spinning then takes
+    the time that it needs. GNU's OpenMP, torch's on Linux, reads this when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 @contextlib.contextmanager
