@@ -141,6 +141,7 @@ def separate_file(
     job: Job,
     refuse: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
+    watch: Callable[[Iterable, int], Iterable] | None = None,
 ) -> "Photograph":
     """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
 
@@ -150,6 +151,7 @@ def separate_file(
         refuse: called, before anything is computed, with a line for each file that the format can't hold; the others
             are made. Without it, and where there are no others, that is an error.
         note: called with a line for everything that the photograph's file says and that is left out.
+        watch: as of `models.tiles.blend`; without it, progress is shown on the terminal.
 
     Returns:
         The photograph.
@@ -175,10 +177,10 @@ def separate_file(
         images = {kind: np.empty((height, width, 3), depth) for kind in job.outputs}
     kinds = [kind for kind in images if kind in _PART]
 
-    def watch(places: list, total: int) -> Iterable:
+    def show(places: Iterable, total: int) -> Iterable:
         return track(places, f"{job.source.name}, tiles", total, quiet=total == 1)
 
-    for top, bands in separator.bands(photograph.pixels, [_PART[kind] for kind in kinds], watch):
+    for top, bands in separator.bands(photograph.pixels, [_PART[kind] for kind in kinds], watch or show):
         for kind, band in zip(kinds, bands, strict=True):
             shown = band / 2 + 0.5 if kind == "residue" else band
             images[kind][top : top + len(band)] = _quantised(shown, depth)
