@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import re
 import socket
 import struct
 import sys
@@ -29,8 +30,8 @@ NAMES = [
     "", ".", "..", "../..", "../../../etc/passwd", "..%2f..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd",
     "/etc/passwd", "%2fetc%2fpasswd", "..\\..\\x", "%5c%5cevil%5cx", "%00", "x%00.png", "%c0%ae%c0%ae/x", "%ff%fe",
     "%uff0e%uff0e/x", "%", "%zz", "~", "~root", "*", "{name}", "$HOME", "C:", "con", "file:///etc/passwd",
-    "http://127.0.0.1:9/x", "http:%2f%2fevil.example", "//evil.example/x", "%0d%0aSet-Cookie:x=1", "photograph", ".lock",
-    "0" * 32, LONG, "../" * 500,
+    "http://127.0.0.1:9/x", "http:%2f%2fevil.example", "//evil.example/x", "%0d%0aSet-Cookie:x=1", "photograph",
+    ".lock", "0" * 32, LONG, "../" * 500,
 ]  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def test_no_address_is_fetched(server, scheme):
     ]
     for body in bodies:
         status, answer = server.post(body.encode(), f"?url={address}", f"X-Url: {address}\r\nReferer: {address}\r\n")
-        assert status == 422 and "not an image" in answer["error"]
+        assert status == 422 and re.search("not an image|not read", answer["error"])
     assert server.raw(f"CONNECT 127.0.0.1:{server.port} HTTP/1.1\r\n\r\n".encode())[0] in {400, 404, 405}
 
 
@@ -350,8 +351,9 @@ def png(width: int, height: int, bits: int = 8, claim: int | None = None) -> byt
     if claim is not None:
         return header + struct.pack(">I", claim) + b"IDAT"
     packer = zlib.compressobj(9)
-    row = bytes(1 + width * 3 * bits // 8)
-    content = b"".join(packer.compress(row) for _ in range(min(height, 2000))) + packer.flush()
+    block = bytes(2**20)  # of the largest ones only a part
+    size = min(height * (1 + width * 3 * bits // 8), 2**26)
+    content = b"".join(packer.compress(block[: size - done]) for done in range(0, size, 2**20)) + packer.flush()
     return header + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 

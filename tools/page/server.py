@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tools.page.work import LAYERS, PREVIEWS, BusyError, Sent, Work
@@ -64,7 +64,7 @@ class Doors:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         app = self._app
         if scope["type"] == "http" and (refusal := self._refusal(Request(scope))):
-            app = PlainTextResponse(refusal[1], refusal[0])
+            app = JSONResponse({"error": refusal[1]}, refusal[0])
         await app(scope, receive, send)
 
     def _refusal(self, request: Request) -> tuple[int, str] | None:
@@ -228,7 +228,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        door = socket.create_server((host, port), family=family)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK)  # of each connection: what a slow one may hold
+        return door
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); try another --port") from error
 
