@@ -19,6 +19,7 @@ from util.published import TEST_SETS
 
 PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
 PAIR_SETS = {"real": Path("train/real"), "nature": Path("train/nature")}
+_MIX, _MIX_WITHOUT_NATURE = (0.6, 0.2, 0.2), (0.7, 0.3, 0.0)  # published
 SOURCES = ("synthetic", *PAIR_SETS)  # in the order of --mix
 MIXTURE, TRANSMISSION, REFLECTION = LAYERS = ("blended", "transmission_layer", "reflection_layer")
 
@@ -300,9 +301,14 @@ def check_name(base: Path, file: Path) -> None:
 
 
 def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], list[str]]:
-    """The shares of --mix for the sources that exist, and a message about the others."""
+    """The shares of --mix for the sources that exist, and a message about the others.
+
+    The published mix is another one where nature is missing; any other mix is scaled to a sum of 1.
+    """
     wanted = dict(zip(SOURCES, options.mix, strict=True))
-    mix = {source: share for source, share in wanted.items() if share and held[source]}
+    alone = not held["nature"] and tuple(options.mix) == _MIX
+    shares = dict(zip(SOURCES, _MIX_WITHOUT_NATURE, strict=True)) if alone else wanted
+    mix = {source: share for source, share in shares.items() if share and held[source]}
     if not mix:
         there = ", ".join(source for source, count in held.items() if count)
         raise UserError(f"--mix {' '.join(map(str, options.mix))}: nothing for what is there ({there})")

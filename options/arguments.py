@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16
 """Sides of crops, tiles and overlaps are multiples of it, as the networks' input is."""
 
+PRESETS = Path(__file__).resolve().parent / "presets"
+
 _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
 
 
@@ -39,6 +41,16 @@ def _mode(path: str | Path) -> int:
         raise
     except (OSError, ValueError):
         return 0
+
+
+def presets() -> list[str]:
+    """The names of the recipes in options/presets/."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_file(config: Path) -> Path | None:
+    """The file of a recipe that is named as --config; None for anything else, such as the path of a file."""
+    return PRESETS / f"{config}.yaml" if str(config) in presets() else None
 
 
 def positive_int(text: str) -> int:
@@ -167,8 +179,9 @@ def add_run(parser: Parser) -> None:
                 "are only evaluated; 'none' starts from scratch where the demo would start from the "
                 "bundled weights")  # fmt: skip
     option(group, WHAT, "--seed", type=natural_int, default=2018, help="seed of every random draw")
-    option(group, START, "--config", type=Path, metavar="FILE.yaml",
-           help="defaults for any option here; the command line wins")  # fmt: skip
+    option(group, START, "--config", type=Path, metavar="NAME|FILE.yaml",
+           help="defaults for any option here, from a file or a recipe of options/presets/ "
+                f"({', '.join(presets())}); the command line wins")  # fmt: skip
 
 
 def add_device(parser: Parser, trained: bool = False) -> None:

@@ -31,12 +31,20 @@ def test_finds_everything(base):
     assert "not there to test on: SolidObjectDataset, WildSceneDataset, Nature" in described
 
 
+def test_without_nature_the_published_mix_is_that_of_the_first_setting(base):
+    (base / "train/nature").rename(base / "elsewhere")
+    sets = discover(options_for(base))
+    assert sets.mix == pytest.approx({"synthetic": 0.7, "real": 0.3})
+    assert "nature (train/nature)" in "\n".join(sets.missing)
+    assert "synthetic 70%, real 30%" in "\n".join(sets.missing)
+
+
 def test_missing_sets_are_named_and_the_rest_renormalised(base):
     (base / "train/nature").rename(base / "elsewhere")
-    sets = discover(options_for(base, "--mix", 0.6, 0.2, 0.2))
-    assert sets.mix == pytest.approx({"synthetic": 0.75, "real": 0.25})
-    assert "nature (train/nature)" in "\n".join(sets.missing)
-    assert "synthetic 75%, real 25%" in "\n".join(sets.missing)
+    sets = discover(options_for(base, "--mix", 0.4, 0.4, 0.2))
+    assert sets.mix == pytest.approx({"synthetic": 0.5, "real": 0.5})
+    (base / "train/real").rename(base / "elsewhere, too")
+    assert discover(options_for(base)).mix == {"synthetic": 1.0}
 
 
 def test_a_single_photograph_makes_no_synthetic_pair(base):

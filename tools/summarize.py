@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from options.arguments import roles, train_parser
-from options.config import DEMO_RECIPE
+from options.config import demo_defaults
 from options.parser import FROM, WHAT, Parser
 from util import disk, tables
 from util.errors import UserError
@@ -108,7 +108,7 @@ def recipe(options: dict[str, object]) -> str:
         key = action.dest
         if roles().get(key) not in (WHAT, FROM) or key in _COLUMNS or key not in options:
             continue
-        default = DEMO_RECIPE.get(key, action.default) if options.get("demo") else action.default
+        default = demo_defaults().get(key, action.default) if options.get("demo") else action.default
         value = options[key]
         if value != default:
             changed.append(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else _short(value)}")
