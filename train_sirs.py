@@ -57,6 +57,8 @@ def train(options) -> int:
             for line in engine.resume():
                 log(line)
             log(f"resuming {folder.path} after {engine.epoch} epochs and {engine.step} steps")
+            if 0 < options.nEpochs <= engine.epoch:
+                log(f"it is finished: --nEpochs is {options.nEpochs}; a larger one trains on, another --name anew")
         world.from_main(folder.lock.confirm)
         world.from_main(lambda: folder.require_room(options, engine.network))
         return fit(engine, log)
@@ -99,7 +101,7 @@ def warn(options, model, log: Callable[[str], None]) -> None:
 def fit(engine, log: Callable[[str], None]) -> int:
     """Train; returns the program's exit status."""
     from engine import Diverged
-    from util.run.reader import read_metrics, table
+    from util.run.reader import best, read_run, table
 
     path = engine.folder.path
     try:
@@ -116,8 +118,10 @@ def fit(engine, log: Callable[[str], None]) -> int:
         raise
     finally:
         engine.world.close()
-    log("\n" + table(read_metrics(path)) + "\n")
-    log("\n".join(engine.folder.describe()))
+    if engine.world.is_main:
+        run = read_run(path)
+        picked = [best(run)] if engine.options.nEpochs and best(run) else []
+        log("\n".join(["", table(run.lines), *picked, "", *engine.folder.describe()]))
     return 0
 
 

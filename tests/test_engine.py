@@ -28,7 +28,8 @@ from util.images import read_image
 from util.optim import learning_rate, parameter_groups
 from util.published import AVERAGED_SETS
 from util.run import checkpoint
-from util.run.reader import read_metrics, table
+from util.run.reader import best as best_line
+from util.run.reader import read_metrics, read_run, table
 from util.run.record import Record
 
 SETS = {"val", "demo_clip", "demo_screen", "average"}
@@ -138,6 +139,16 @@ def test_resuming_with_another_batch_goes_on_at_the_same_sample(
     status, folder = run(tiny_data, tmp_path, *steps_of_two)
     assert status == 0
     assert checkpoint.load(folder / "last.pt")["global_step"] == state["global_step"] + steps_left
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(finished, tiny_data, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "four")
+    status, folder = run(tiny_data, tmp_path, *FULL, "--nEpochs", "4", "--name", "four", "--resume")
+    told = capsys.readouterr().out
+    assert status == 0 and "it is finished: --nEpochs is 4; a larger one trains on" in told
+    scores = {line["epoch"]: line["PSNR"] for line in read_metrics(folder) if line["set"] == "val" and line["epoch"]}
+    top = max(scores, key=scores.get)
+    assert f"best: epoch {top}, with {scores[top]:.2f} dB on the held-out pairs (val)" in told
 
 
 def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
@@ -395,4 +406,5 @@ def test_the_weights_that_a_training_starts_from_are_epoch_0_and_may_stay_the_be
     assert before["estimate"] == "input" and score > after["PSNR"]
     best, given = checkpoint.load(folder / "best.pt"), checkpoint.load(start)
     same(best["network"], given["ema"])
-    assert "epoch 0 PSNR/SSIM" in table(lines) and f"{score:6.2f}" in table(lines)
+    assert "  epoch 0  " in table(lines) and best_line(read_run(folder)).startswith("best: epoch 0, with ")
+    assert max(map(len, table(lines).splitlines())) <= 100 and f"{score:.2f} /" in table(lines)

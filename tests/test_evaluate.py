@@ -183,8 +183,8 @@ def test_clean_photographs_are_compared_with_themselves(small, finished, tmp_pat
     assert run(small, finished, "--clean", photographs, "--strength", "0") == 0
     text = capsys.readouterr().out
     assert "PSNR_joint of clean photographs (2)" in text
-    assert re.search(rf"\| {re.escape(str(finished / 'last.pt'))} \| 100.0 \| 100.0 \|", text), "nothing is removed"
-    assert re.search(r"\| gamma 1.2 \| \d\d\.\d \|", text)
+    assert re.search(r"last\.pt +100\.0 +100\.0$", text, re.MULTILINE), "nothing is removed"
+    assert re.search(r"gamma 1\.2 +\d\d\.\d ", text)
     (tmp_path / "empty").mkdir()
     assert run(small, finished, "--clean", tmp_path / "empty") == 2
     assert "no photograph in it" in capsys.readouterr().err

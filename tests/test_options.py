@@ -116,7 +116,8 @@ def test_presets_of_the_published_models_are_what_really_ran(name, tmp_path):
     parsed = parse_train(["--config", name])
     keys = ("inet", "optimizer", "wd", "scheduler", "nEpochs", "mix")
     assert tuple(getattr(parsed, key) for key in keys) == PUBLISHED[name]
-    assert (parsed.val_split, parsed.best_by, parsed.if_align, parsed.lr, parsed.batchSize) == (0, "test", True, 1e-4, 1)
+    assert (parsed.val_split, parsed.best_by, parsed.if_align) == (0, "test", True)
+    assert (parsed.lr, parsed.batchSize) == (1e-4, 1)
     assert not parsed.demo and parsed.config == Path(name), "the record names it as it was typed"
     assert parse_train(["--config", name, "--inet", "mdsrnet_l", "--wd", "0.1"]).wd == 0.1, "the command line wins"
 

@@ -227,3 +227,12 @@ def test_nothing_is_imported_from_the_folder_it_is_called_in(project, tmp_path):
         ["bash", "-euc", script], cwd=tmp_path, env=project.environment, capture_output=True, text=True, timeout=60
     )
     assert "Installing" in done.stderr and not (tmp_path / "imported").exists(), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_the_tests_only_helps(option, project):
+    (project.root / "tests").mkdir()
+    shutil.copy(ROOT / "tests/run.sh", project.root / "tests")
+    (project.root / "tools/environment.sh").unlink()
+    done = project.bash("tests/run.sh", option)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ./tests/run.sh")

@@ -10,11 +10,12 @@ share of images whose PSNR_joint falls by more than 0.1 dB; median_gain is of PS
 stand two changes that cost nothing: a network that doesn't beat them has learnt to darken.
 """
 
+import functools
 import json
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,9 +105,10 @@ def evaluate(options: Namespace) -> None:
         rows += [{"checkpoint": str(checkpoint), "set": n, **row} for n, found in measured.items() for row in found]
         if options.clean:
             clean |= measure_clean(separator, str(checkpoint), options.clean, not clean)
-    text = as_markdown(lines, warnings, options) + clean_as_markdown(clean)
-    print("\n" + text)
+    show = functools.partial(tables.as_text, left=1, width=tables.TERMINAL)
+    print("\n" + as_tables(lines, warnings, options, lambda rows: show(rows) + "\n") + clean_as_table(clean, show))
     if options.output:
+        text = as_tables(lines, warnings, options, tables.as_markdown) + clean_as_table(clean, tables.as_markdown)
         write(options, lines, rows, warnings, text)
 
 
@@ -210,8 +212,10 @@ def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str
     return lines
 
 
-def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespace) -> str:
-    """Tables of the measured figures and of the published ones."""
+def as_tables(
+    lines: Sequence[Line], warnings: Sequence[str], options: Namespace, form: Callable[[tables.Rows], str]
+) -> str:
+    """Tables of the measured figures and of the published ones, each made by `form`."""
     title = f"# {options.base_dir}, protocol {options.protocol}\n"
     parts = [title, "\n".join(f"{line}\n" for line in warnings)] if warnings else [title]
     titles = {line.set: f"{line.set} ({line.count})" for line in lines}
@@ -224,22 +228,22 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
             line = found[estimate, AVERAGE]
             name = estimate + (f" ({line.inet})" if line.inet else "")
             rows.append([name, *(_figures([found[estimate, title].values[m] for m in pair], pair) for title in titles)])
-        parts += [tables.as_markdown([[" / ".join(pair), *titles.values()], *rows])]
+        parts += [form([[" / ".join(pair), *titles.values()], *rows])]
     averaged = [TEST_SETS[name] for name in AVERAGED_SETS]
     heads = [f"{known.title} ({known.images})" for known in averaged]
     heads.append(f"average ({sum(known.images for known in averaged)})")
     published = [[name, *(_figures(values, metrics[:2]) for values in sets)] for name, sets in FIGURES.items()]
-    parts += ["Published, by their authors:\n", tables.as_markdown([["PSNR / SSIM", *heads], *published])]
+    parts += ["Published, by their authors:\n", form([["PSNR / SSIM", *heads], *published])]
     return "\n".join(parts)
 
 
-def clean_as_markdown(clean: Mapping[str, Sequence[float]]) -> str:
-    """A table of `measure_clean`, or nothing."""
+def clean_as_table(clean: Mapping[str, Sequence[float]], form: Callable[[tables.Rows], str]) -> str:
+    """A table, made by `form`, of `measure_clean`, or nothing."""
     if not clean:
         return ""
     count = len(next(iter(clean.values())))
     rows = [[name, f"{statistics.mean(found):.1f}", f"{min(found):.1f}"] for name, found in clean.items()]
-    return "\n" + tables.as_markdown([[f"PSNR_joint of clean photographs ({count})", "mean", "worst"], *rows])
+    return "\n" + form([[f"PSNR_joint of clean photographs ({count})", "mean", "worst"], *rows])
 
 
 def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:

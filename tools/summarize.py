@@ -215,9 +215,9 @@ def notes(rows: list[dict]) -> list[str]:
 
 
 def terminal_table(rows: list[dict], sets: list[str]) -> str:
-    """Aligned columns; long texts are cut, control characters become '?'."""
+    """Aligned columns, below each other where they are too wide; long texts are cut, control characters become '?'."""
     cells = _cells(rows, sets, _for_terminal)
-    return tables.as_text(cells)
+    return tables.as_text(cells, width=tables.TERMINAL)
 
 
 def markdown_table(rows: list[dict], sets: list[str]) -> str:

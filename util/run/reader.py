@@ -256,7 +256,7 @@ def table(lines: list[dict]) -> str:
     epoch = model[-1]["epoch"]
     epochs = sorted({line["epoch"] for line in model} & {0, epoch})
     found = {(line["set"], line["estimate"], line["epoch"]): line for line in lines}
-    rows = [("set", "images", "input PSNR/SSIM", *(f"epoch {e} PSNR/SSIM" for e in epochs), "gain PSNR/SSIM")]
+    rows = [("PSNR, dB / SSIM", "images", "input", *(f"epoch {e}" for e in epochs), "gain")]
     for line in (line for line in model if line["epoch"] == epoch):
         name = line["set"]
         stages = [found.get((name, "input", 0), line), *(found.get((name, "model", e), line) for e in epochs)]
@@ -265,11 +265,21 @@ def table(lines: list[dict]) -> str:
             (
                 name,
                 str(line["count"]),
-                *(f"{stage['PSNR']:6.2f} / {stage['SSIM']:.3f}" for stage in stages),
-                f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
+                *(f"{stage['PSNR']:.2f} / {stage['SSIM']:.3f}" for stage in stages),
+                f"{line['PSNR'] - before['PSNR']:+.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
             )
         )
-    return tables.as_text(rows)
+    return tables.as_text(rows, left=1, width=tables.TERMINAL)
+
+
+def best(run: Run) -> str:
+    """Which epoch is best, and by what; empty where nothing picks one."""
+    by = AVERAGE if run.options.get("best_by") == "test" else "val"
+    epoch = run.best_epoch(by)
+    if epoch is None:
+        return ""
+    name = "the test sets' average" if by == AVERAGE else "the held-out pairs (val)"
+    return f"best: epoch {epoch}, with {run.line(by, epoch)['PSNR']:.2f} dB on {name}"
 
 
 def is_plain(value: object) -> bool:
