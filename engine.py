@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import Loaders
-from data.loader import Loader
-from models.arch.blocks import Block
-from util.device import enough_memory, less_memory_for_a_step, less_memory_for_images, random_states, set_random_states
-from util.distributed import World
-from util.errors import UserError
-from util.evaluation import Separated, measure, measure_images, separate_batches, write_layers
-from util.optim import build_optimizer, learning_rate, load_optimizer
-from util.program import Interrupt, Interrupted
-from util.progress import Progress, track
-from util.published import AVERAGE
-from util.run import checkpoint, resume
-from util.run.folder import RunFolder
-from util.run.record import Record, TrainingMeans
-from util.stability import BlockNorms, Guard, Verdict
+from dereflect.data import Loaders
+from dereflect.data.loader import Loader
+from dereflect.models.arch.blocks import Block
+from dereflect.util.device import (
+    enough_memory,
+    less_memory_for_a_step,
+    less_memory_for_images,
+    random_states,
+    set_random_states,
+)
+from dereflect.util.distributed import World
+from dereflect.util.errors import UserError
+from dereflect.util.evaluation import Separated, measure, measure_images, separate_batches, write_layers
+from dereflect.util.optim import build_optimizer, learning_rate, load_optimizer
+from dereflect.util.program import Interrupt, Interrupted
+from dereflect.util.progress import Progress, track
+from dereflect.util.published import AVERAGE
+from dereflect.util.run import checkpoint, resume
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.run.record import Record, TrainingMeans
+from dereflect.util.stability import BlockNorms, Guard, Verdict
 
 _BATCH = ("mixture", "target_t", "target_r")
 

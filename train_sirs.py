@@ -3,10 +3,11 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from options import PRETRAINED, parse_train
-from util.errors import UserError
-from util.program import Interrupted, run
+from dereflect.options import PRETRAINED, parse_train
+from dereflect.util.errors import UserError
+from dereflect.util.program import Interrupted, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +25,13 @@ def train(options) -> int:
         UserError: for what a user can put right.
     """
     # Only now, so that --help and a mistyped option answer at once.
-    import models
-    from data import build_loaders
-    from engine import Engine
-    from models.arch import list_models
-    from util.device import keep_freed_memory, set_deterministic, wants_bf16
-    from util.distributed import join
-    from util.run.folder import RunFolder, check_resumable
+    from dereflect import models
+    from dereflect.data import build_loaders
+    from dereflect.engine import Engine
+    from dereflect.models.arch import list_models
+    from dereflect.util.device import keep_freed_memory, set_deterministic, wants_bf16
+    from dereflect.util.distributed import join
+    from dereflect.util.run.folder import RunFolder, check_resumable
 
     if options.list_models:
         print("\n".join(list_models()))
@@ -72,8 +73,8 @@ def choose_backends(options, world) -> None:
     """
     import torch
 
-    from models import check_backends, passes, scan
-    from models.arch import create_model
+    from dereflect.models import check_backends, passes, scan
+    from dereflect.models.arch import create_model
 
     with torch.device("meta"):  # the network without its weights
         network = create_model(options.inet)
@@ -87,7 +88,7 @@ def choose_backends(options, world) -> None:
 
 def warn(options, model, log: Callable[[str], None]) -> None:
     """Log what makes the results worth less than they look."""
-    from models.vgg import Vgg19
+    from dereflect.models.vgg import Vgg19
 
     if options.vgg_weights == "random" and any(isinstance(part, Vgg19) for part in model.modules()):
         log("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
@@ -100,8 +101,8 @@ def warn(options, model, log: Callable[[str], None]) -> None:
 
 def fit(engine, log: Callable[[str], None]) -> int:
     """Train; returns the program's exit status."""
-    from engine import Diverged
-    from util.run.reader import best, read_run, table
+    from dereflect.engine import Diverged
+    from dereflect.util.run.reader import best, read_run, table
 
     path = engine.folder.path
     try:
@@ -125,5 +126,8 @@ def fit(engine, log: Callable[[str], None]) -> int:
     return 0
 
 
+program = partial(run, main)
+"""The command `dereflect-train` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

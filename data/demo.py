@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
-from data.synthesis import Blend, synthesize
-from util.errors import UserError
-from util.images import read_rgb, write_image
+from dereflect.data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
+from dereflect.data.synthesis import Blend, synthesize
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb, write_image
 
 # No photograph is in both lists. The grey ones add bright texture: the other training photographs are dark, and a
 # network trained on them alone darkens its results.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.errors import UserError, printable
-from util.formats import UNREAD_SUFFIXES
-from util.images import SUFFIXES, check_image
-from util.published import TEST_SETS
+from dereflect.util.errors import UserError, printable
+from dereflect.util.formats import UNREAD_SUFFIXES
+from dereflect.util.images import SUFFIXES, check_image
+from dereflect.util.published import TEST_SETS
 
 PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
 PAIR_SETS = {"real": Path("train/real"), "nature": Path("train/nature")}

@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from util.errors import UserError
-from util.program import SIGNALS
+from dereflect.util.errors import UserError
+from dereflect.util.program import SIGNALS
 
 MOST_RESTARTS = 3
 """How often workers are restarted in one iteration over a loader: an epoch, or the evaluation of a set."""
@@ -238,7 +238,7 @@ def _context(options: Namespace):
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"data.{options.dataset}"])
+    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"dereflect.data.{options.dataset}"])
     with _signals_blocked():
         forkserver.ensure_running()
     return context

@@ -3,12 +3,12 @@
 import argparse
 import importlib
 
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 
 def build_model(options: argparse.Namespace, bf16: bool = False):
     """The model of the module that --model names; see `models.dsrnet_model_sirs.build`."""
-    return importlib.import_module(f"models.{options.model}").build(options, bf16)
+    return importlib.import_module(f"dereflect.models.{options.model}").build(options, bf16)
 
 
 def check_backends(network, device: str, scan_backend: str | None = None, passes_backend: str | None = None) -> None:
@@ -22,7 +22,7 @@ def check_backends(network, device: str, scan_backend: str | None = None, passes
     Raises:
         UserError: it can't.
     """
-    from models import passes, scan
+    from dereflect.models import passes, scan
 
     reasons = {"passes": passes.why_refused(passes_backend, device)}
     if scan_backend or any(isinstance(part, scan.Mamba) for part in network.modules()):

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import check_backends, tiles
-from models.arch import create_model, list_models
-from models.dsrnet_model_sirs import DSRNetModel
-from models.features import build_features
-from models.weights import architecture_of, load_weights
-from options.arguments import STRIDE
-from util.device import available_memory, enough_memory, wants_bf16
-from util.distributed import join
-from util.errors import UserError
-from util.run.checkpoint import load
+from dereflect.models import check_backends, tiles
+from dereflect.models.arch import create_model, list_models
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.features import build_features
+from dereflect.models.weights import architecture_of, load_weights
+from dereflect.options.arguments import STRIDE
+from dereflect.util.device import available_memory, enough_memory, wants_bf16
+from dereflect.util.distributed import join
+from dereflect.util.errors import UserError
+from dereflect.util.run.checkpoint import load
 
 PARTS = ("transmission", "reflection", "residue")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from util.errors import UserError
-from util.run import checkpoint
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 
 # The five maps follow these numbers of layers of torchvision's vgg19().features: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
 CUTS = (2, 7, 12, 21, 30)

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from options import arguments
-from options.arguments import train_parser
-from options.config import PRETRAINED, as_text, demo_defaults, read_config
-from options.parser import Parser
+from dereflect.options import arguments
+from dereflect.options.arguments import train_parser
+from dereflect.options.config import PRETRAINED, as_text, demo_defaults, read_config
+from dereflect.options.parser import Parser
 
 __all__ = ["DEMO_DATA", "PRETRAINED", "PUBLISHED_DATA", "as_text", "parse_evaluate", "parse_infer", "parse_train",
            "separator_settings", "train_parser"]  # fmt: skip

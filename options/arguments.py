@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
+from dereflect.options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16

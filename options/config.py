@@ -5,8 +5,8 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from options import arguments
-from options.parser import START, Parser, Role, nearest
+from dereflect.options import arguments
+from dereflect.options.parser import START, Parser, Role, nearest
 
 PRETRAINED = arguments.ROOT / "models/pretrained/madsrnet_xs.safetensors"
 """The bundled weights, which programs use where no others are named."""

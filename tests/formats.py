@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from util.formats.png import SIGNATURE, chunk
+from dereflect.util.formats.png import SIGNATURE, chunk
 
 WIDTH, HEIGHT = 64, 48
 _y, _x = np.mgrid[:HEIGHT, :WIDTH]

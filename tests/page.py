@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dereflect.tools.page.work import Sent, Work
 from tests.helpers import ROOT
 from tests.project import executable
-from tools.page.work import Sent, Work
 
 # Makes this the module models.separator.
 STAND_IN = """
 import sys, types
 import numpy as np
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 class Mirror:
     def bands(self, image, wanted, watch):
@@ -37,7 +37,7 @@ def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gp
     return Mirror()
 
 loaded = []
-sys.modules["models.separator"] = separator = types.ModuleType("models.separator")
+sys.modules["dereflect.models.separator"] = separator = types.ModuleType("dereflect.models.separator")
 separator.load_separator, separator.loaded, separator.Mirror = load_separator, loaded, Mirror
 """
 

@@ -17,26 +17,26 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data.demo import write_examples
-from options import PRETRAINED
+from dereflect.data.demo import write_examples
+from dereflect.options import PRETRAINED
+from dereflect.tools import app, infer
+from dereflect.tools.page import server as page_server
+from dereflect.tools.page import work as page_work
+from dereflect.tools.page.work import BusyError, Work
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_image, write_image
+from dereflect.util.photographs import Photograph, read_photograph, write_photograph
 from tests.page import STAND_IN, Page, Server, separated, until
 from tests.project import executable
-from tools import app, infer
-from tools.page import server as page_server
-from tools.page import work as page_work
-from tools.page.work import BusyError, Work
-from util.errors import UserError
-from util.images import read_image, write_image
-from util.photographs import Photograph, read_photograph, write_photograph
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def stand_in(monkeypatch) -> types.ModuleType:
-    monkeypatch.setitem(sys.modules, "models.separator", None)  # so that what was there comes back
+    monkeypatch.setitem(sys.modules, "dereflect.models.separator", None)  # so that what was there comes back
     exec(STAND_IN, {})
-    return sys.modules["models.separator"]
+    return sys.modules["dereflect.models.separator"]
 
 
 @pytest.fixture

@@ -16,21 +16,21 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import Diverged, Engine
-from models.arch import create_model
-from options import parse_train, train_parser
+from dereflect.engine import Diverged, Engine
+from dereflect.models.arch import create_model
+from dereflect.options import parse_train, train_parser
+from dereflect.tools import replay
+from dereflect.train_sirs import main, train
+from dereflect.util import evaluation, program
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_image
+from dereflect.util.optim import learning_rate, parameter_groups
+from dereflect.util.published import AVERAGED_SETS
+from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import best as best_line
+from dereflect.util.run.reader import read_metrics, read_run, table
+from dereflect.util.run.record import Record
 from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
-from tools import replay
-from train_sirs import main, train
-from util import evaluation, program
-from util.errors import UserError
-from util.images import read_image
-from util.optim import learning_rate, parameter_groups
-from util.published import AVERAGED_SETS
-from util.run import checkpoint
-from util.run.reader import best as best_line
-from util.run.reader import read_metrics, read_run, table
-from util.run.record import Record
 
 SETS = {"val", "demo_clip", "demo_screen", "average"}
 
@@ -184,9 +184,9 @@ def test_a_signal_to_the_program_saves_and_exits(tiny_data, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch, capsys):
-    import models.losses
+    from dereflect.models import losses
 
-    monkeypatch.setattr(models.losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
+    monkeypatch.setattr(losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
     status, folder = run(tiny_data, tmp_path, "--nEpochs", "1", "--name", "nan", "--batchSize", "2")
     assert status == 1
     told = capsys.readouterr().err

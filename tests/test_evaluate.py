@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from options import parse_evaluate, parse_train
-from tools import evaluate, infer
-from train_sirs import train
-from util import program
-from util.errors import UserError
-from util.evaluation import judge
-from util.images import read_image
-from util.metrics import load_lpips, quality_assess
-from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
-from util.run.reader import METRICS, read_metrics
+from dereflect.options import parse_evaluate, parse_train
+from dereflect.tools import evaluate, infer
+from dereflect.train_sirs import train
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.evaluation import judge
+from dereflect.util.images import read_image
+from dereflect.util.metrics import load_lpips, quality_assess
+from dereflect.util.published import AVERAGED_SETS, FIGURES, TEST_SETS
+from dereflect.util.run.reader import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from data import Loaders, build_val_loader, discover
-from data.folders import find_test_sets
-from engine import Engine
+from dereflect.data import Loaders, build_val_loader, discover
+from dereflect.data.folders import find_test_sets
+from dereflect.engine import Engine
+from dereflect.util.errors import UserError
 from tests.helpers import PHOTOGRAPHS, options_for, write_noise, write_pairs
-from util.errors import UserError
 
 
 def test_finds_everything(base):

@@ -10,10 +10,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from dereflect.util.errors import UserError
+from dereflect.util.images import check_image, read_image, read_rgb
+from dereflect.util.photographs import read_photograph
 from tests.formats import CASES, HEIGHT, OPAQUE, RAMP, WIDTH, by_pil, grey, netpbm, packed, pam, png, tiff, whole
-from util.errors import UserError
-from util.images import check_image, read_image, read_rgb
-from util.photographs import read_photograph
 
 RGB8, RGB16 = whole(RAMP, 255), whole(RAMP, 65535)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from models.separator import Separator, load_separator
-from options import PRETRAINED, parse_infer
+from dereflect.models.separator import Separator, load_separator
+from dereflect.options import PRETRAINED, parse_infer
+from dereflect.tools import infer
+from dereflect.util import photographs, program
+from dereflect.util.photographs import read_photograph
 from tests.helpers import UPRIGHT, Local, children_seconds, exif_chunk
-from tools import infer
-from util import photographs, program
-from util.photographs import read_photograph
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 40, 24
@@ -292,7 +292,7 @@ def test_separating_imports_no_more_than_it_needs(tmp_path, pixels):
         "import sys\n"
         "for name in ('torch._dynamo', 'torchvision', 'triton', 'skimage', 'matplotlib', 'tensorboard', 'lpips'):\n"
         "    sys.modules[name] = None\n"
-        "from tools import infer\n"
+        "from dereflect.tools import infer\n"
         f"sys.exit(infer.main([{str(tmp_path / 'photo.jpg')!r}, '--gpu_ids', '-1']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.separator import Separator
+from dereflect.models.separator import Separator
+from dereflect.tools import infer
+from dereflect.util import program
+from dereflect.util.photographs import Photograph, write_photograph
 from tests.helpers import Local
-from tools import infer
-from util import program
-from util.photographs import Photograph, write_photograph
 
 ROOT = Path(__file__).parent.parent
 

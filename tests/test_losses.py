@@ -8,13 +8,13 @@ from torch import nn
 from torchvision.models import VGG19_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
-from models import losses
-from models.dsrnet_model_sirs import DSRNetModel
-from models.losses import ReflectionLoss
-from models.vgg import CUTS, Vgg19
+from dereflect.models import losses
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.losses import ReflectionLoss
+from dereflect.models.vgg import CUTS, Vgg19
+from dereflect.util.errors import UserError
 from tests.golden.fill import fill, image
 from tests.helpers import golden, relative_error
-from util.errors import UserError
 
 
 @pytest.fixture(scope="module")

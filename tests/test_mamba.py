@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch.mamba import DIRECTIONS, ImageMamba
-from models.scan import Mamba, set_backend
-from models.scan.backends import why_not
+from dereflect.models.arch.mamba import DIRECTIONS, ImageMamba
+from dereflect.models.scan import Mamba, set_backend
+from dereflect.models.scan.backends import why_not
+from dereflect.util.optim import parameter_groups
 from tests.golden.fill import fill, rng
-from util.optim import parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 needs_numba = pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="numba is not installed")
@@ -147,7 +147,7 @@ def test_channels_last_stays(order):
 
 def test_autocast(monkeypatch):
     """What has a length may be bfloat16; A, the bias of delta and D reach the scan in float32."""
-    from models.scan import layer as home
+    from dereflect.models.scan import layer as home
 
     dtypes = {}
     scan = home.selective_scan

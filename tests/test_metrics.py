@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tools.benchmarks.metrics import published
-from util.metrics import PSNR_LIMIT, aligned_psnr, joint_psnr, quality_assess
+from dereflect.tools.benchmarks.metrics import published
+from dereflect.util.metrics import PSNR_LIMIT, aligned_psnr, joint_psnr, quality_assess
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.npz"
 

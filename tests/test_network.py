@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch import create_model, list_models
-from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
-from models.arch.dsrnet import DSRNet
-from models.arch.fused import mutual_gate
-from models.arch.lrm import LearnableResidue
-from models.arch.plain import plain_forward
-from models.dsrnet_model_sirs import DSRNetModel, build
-from models.losses import ReflectionLoss
-from models.mobilenet import MobileNetV2
-from models.vgg import Vgg19
-from models.weights import load_weights, translate
-from options import parse_train
+from dereflect.models.arch import create_model, list_models
+from dereflect.models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
+from dereflect.models.arch.dsrnet import DSRNet
+from dereflect.models.arch.fused import mutual_gate
+from dereflect.models.arch.lrm import LearnableResidue
+from dereflect.models.arch.plain import plain_forward
+from dereflect.models.dsrnet_model_sirs import DSRNetModel, build
+from dereflect.models.losses import ReflectionLoss
+from dereflect.models.mobilenet import MobileNetV2
+from dereflect.models.vgg import Vgg19
+from dereflect.models.weights import load_weights, translate
+from dereflect.options import parse_train
+from dereflect.tools.inspection.costs import costs, kept_bytes
 from tests.golden.fill import fill, image, pyramid, rng
 from tests.helpers import GOLDEN, golden, published_state, relative_error
-from tools.inspection.costs import costs, kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 PARAMETERS = {

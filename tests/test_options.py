@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import options
-from options import as_text, parse_train
-from options.arguments import presets, roles, train_parser
-from options.config import RECORDED
-from options.parser import Role
+from dereflect import options
+from dereflect.options import as_text, parse_train
+from dereflect.options.arguments import presets, roles, train_parser
+from dereflect.options.config import RECORDED
+from dereflect.options.parser import Role
 from tests.helpers import children_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_roles_decide_what_is_recorded_compared_and_exported():
 
 
 def test_backends_are_those_there_are():
-    from models import passes, scan
+    from dereflect.models import passes, scan
 
     choices = {action.dest: set(action.choices or ()) for action in train_parser()._actions}
     assert choices["scan_backend"] == set(scan.BACKENDS)

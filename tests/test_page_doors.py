@@ -19,11 +19,11 @@ from PIL import Image
 
 pytest.importorskip("uvicorn")
 
+from dereflect.tools.page.server import HEADERS, Doors
+from dereflect.util.formats.png import SIGNATURE
 from tests.faults.pictures import chunk
 from tests.helpers import ROOT, contents
 from tests.page import Server, until
-from tools.page.server import HEADERS, Doors
-from util.formats.png import SIGNATURE
 
 LONG = "x" * 5000
 NAMES = [

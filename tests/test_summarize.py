@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from options import parse_train
-from tools import summarize
-from util import program
-from util.published import AVERAGED_SETS
-from util.run.reader import find_runs, read_metrics, read_run
-from util.run.record import Record
+from dereflect.options import parse_train
+from dereflect.tools import summarize
+from dereflect.util import program
+from dereflect.util.published import AVERAGED_SETS
+from dereflect.util.run.reader import find_runs, read_metrics, read_run
+from dereflect.util.run.record import Record
 
 ROOT = Path(__file__).parent.parent
 COUNTS = {"val": 2, "mine": 3, "other": 5}

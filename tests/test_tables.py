@@ -3,7 +3,7 @@
 import csv
 import io
 
-from util import tables
+from dereflect.util import tables
 
 ROWS = [("set", "images", "PSNR"), ("a|b", "9", "25.1"), ("longer", "120", "7.25")]
 

@@ -50,8 +50,17 @@ def test_an_interrupted_installation_does_not_count(project):
 
 def test_the_projects_own_requirements_are_met_here(project):
     """The tests run where requirements-dev.txt is installed, and that includes requirements.txt."""
-    shutil.copy(ROOT / "requirements.txt", project.root)
-    assert project.lacking((ROOT / "requirements.txt").read_text()) == ""
+    shutil.copy(ROOT / "pyproject.toml", project.root)
+    for name in ("requirements.txt", "requirements-app.txt", "requirements-dev.txt"):
+        assert project.lacking((ROOT / name).read_text()) == ""
+
+
+def test_what_the_project_and_its_extras_want_is_looked_up(project):
+    asks = '[project]\nname = "p"\ndependencies = ["pytest", "no-such-a"]\n[project.optional-dependencies]\n'
+    (project.root / "pyproject.toml").write_text(asks + 'x = ["p[y]", "no-such-b>=2"]\ny = ["no-such-c"]\n')
+    assert project.lacking("-e .\n") == "no-such-a"
+    assert project.lacking("-e .[y]\n") == "no-such-a, no-such-c"
+    assert project.lacking("-e .[x]\n") == "no-such-a, no-such-a, no-such-c and 1 more"
 
 
 def test_a_python_that_has_everything_is_used(project):

@@ -13,20 +13,22 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import PRETRAINED, arguments, separator_settings
-from options.arguments import natural_int, positive_int
-from options.parser import Parser
-from util.errors import UserError
-from util.program import run
-from util.scratch import own_folder
+from dereflect.options import PRETRAINED, arguments, separator_settings
+from dereflect.options.arguments import natural_int, positive_int
+from dereflect.options.parser import Parser
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
+from dereflect.util.scratch import own_folder
 
 if TYPE_CHECKING:
-    from util.photographs import Photograph
+    from dereflect.util.photographs import Photograph
 
 CHECKPOINTS = "checkpoints/*/best.pt"
 
@@ -66,9 +68,9 @@ def serve(options: argparse.Namespace) -> None:
     """
     from PIL import Image
 
-    from data.demo import write_examples
-    from tools.page import server
-    from tools.page.work import Work
+    from dereflect.data.demo import write_examples
+    from dereflect.tools.page import server
+    from dereflect.tools.page.work import Work
 
     Image.MAX_IMAGE_PIXELS = options.max_megapixels * 10**6 // 2  # twice as many are what util.images refuses
     separators = Separators(find_checkpoints(options.checkpoint), options)
@@ -128,7 +130,7 @@ class Separators:
         Raises:
             UserError: it can't be loaded.
         """
-        from models.separator import load_separator
+        from dereflect.models.separator import load_separator
 
         if self._loaded[0] != name:
             self._loaded = (None, None)  # frees the memory for the next
@@ -139,10 +141,13 @@ class Separators:
 
     def separate_file(self, name: str, *arguments) -> "Photograph":
         """`tools.infer.separate_file` with that checkpoint."""
-        from tools.infer import separate_file
+        from dereflect.tools.infer import separate_file
 
         return separate_file(self.load(name), *arguments)
 
 
+program = partial(run, main, requirements="requirements-app.txt")
+"""The command `dereflect-page` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main, requirements="requirements-app.txt"))
+    sys.exit(program())

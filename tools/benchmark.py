@@ -23,11 +23,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
-from options.parser import Parser
-from util.program import run
+from dereflect.options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
+from dereflect.options.parser import Parser
+from dereflect.util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     options = parser.parse_args(arguments)
     options.arguments = " ".join(arguments)
     module, function = options.run.split(".")
-    return getattr(importlib.import_module(f"tools.benchmarks.{module}"), function)(options)  # imports torch
+    return getattr(importlib.import_module(f"dereflect.tools.benchmarks.{module}"), function)(options)  # imports torch
 
 
 def _add_scan(commands) -> None:

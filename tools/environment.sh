@@ -51,12 +51,30 @@ except ImportError:
         sys.exit(1)
 
 
+def project(folder, extras):
+    """What pyproject.toml asks for: always, and for these extras."""
+    try:
+        import tomllib
+    except ImportError:
+        from pip._vendor import tomli as tomllib
+    told = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for line in [*told["dependencies"], *(line for extra in extras for line in told["optional-dependencies"][extra])]:
+        requirement = Requirement(line)
+        if requirement.name == told["name"]:
+            yield from project(folder, requirement.extras)
+        else:
+            yield requirement
+
+
 def requirements(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         include = re.match(r"(?:-r|--requirement)[\s=]*(.+)", line)
+        this = re.match(r"-e\s*\.(?:\[(.+)\])?$", line)
         if include:
             yield from requirements(path.parent / include[1])
+        elif this:
+            yield from project(path.parent, (this[1] or "").replace(" ", "").split(",") if this[1] else [])
         elif line and not line.startswith("-"):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():

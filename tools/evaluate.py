@@ -17,21 +17,23 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_evaluate, separator_settings
-from util import disk, tables
-from util.program import run
-from util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
+from dereflect.options import parse_evaluate, separator_settings
+from dereflect.util import disk, tables
+from dereflect.util.program import run
+from dereflect.util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
 if TYPE_CHECKING:
-    from data.loader import Loader
-    from models.separator import Separator
-    from util.evaluation import Separated
-    from util.metrics import Distance
+    from dereflect.data.loader import Loader
+    from dereflect.models.separator import Separator
+    from dereflect.util.evaluation import Separated
+    from dereflect.util.metrics import Distance
 
 INPUT = "input"
 
@@ -63,11 +65,11 @@ def evaluate(options: Namespace) -> None:
     Raises:
         UserError: there is no test set, a file can't be used, or the results can't be written.
     """
-    import data
-    from models.separator import load_separator
-    from util.device import keep_freed_memory, set_deterministic
-    from util.evaluation import BASELINES
-    from util.metrics import load_lpips
+    from dereflect import data
+    from dereflect.models.separator import load_separator
+    from dereflect.util.device import keep_freed_memory, set_deterministic
+    from dereflect.util.evaluation import BASELINES
+    from dereflect.util.metrics import load_lpips
 
     set_deterministic(seed=0)
     keep_freed_memory()
@@ -146,8 +148,8 @@ def measure_set(
     Returns:
         Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}, baseline: ...}.
     """
-    from util.evaluation import estimates_of, judge, measure_images, pixels, separate_batches
-    from util.progress import track
+    from dereflect.util.evaluation import estimates_of, judge, measure_images, pixels, separate_batches
+    from dereflect.util.progress import track
 
     native = protocol == "native"
     predict = separator.predict if native else lambda image: separator.predict_whole(image.to(separator.device))
@@ -176,12 +178,12 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
     Raises:
         UserError: there is no photograph, or one can't be read.
     """
-    from data.folders import find_images
-    from util.errors import UserError
-    from util.evaluation import BASELINES
-    from util.images import read_image
-    from util.metrics import joint_psnr
-    from util.progress import track
+    from dereflect.data.folders import find_images
+    from dereflect.util.errors import UserError
+    from dereflect.util.evaluation import BASELINES
+    from dereflect.util.images import read_image
+    from dereflect.util.metrics import joint_psnr
+    from dereflect.util.progress import track
 
     files = find_images(folder)
     if not files:
@@ -198,7 +200,7 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
     """A line for each set, one for all images and, if all published sets are there, one for their images."""
-    from util.evaluation import mean_over_images, mean_over_sets
+    from dereflect.util.evaluation import mean_over_images, mean_over_sets
 
     sets = {name: mean_over_images(rows) for name, rows in measured.items()}
     averaged = averaged_sets(sets)
@@ -279,5 +281,8 @@ def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warni
             path.write_text(content, encoding="utf-8")
 
 
+program = partial(run, main)
+"""The command `dereflect-evaluate` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

@@ -2,30 +2,32 @@
 
     python tools/infer.py photograph.jpg holiday/ --checkpoint checkpoints/dsrnet_s/best.pt -o separated
 
-From Python: `from tools.infer import load_separator, remove_reflection`; see `models.separator`.
+From Python: `from dereflect.tools.infer import load_separator, remove_reflection`; see `models.separator`.
 """
 
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_infer, separator_settings
-from options.arguments import STRIDE
-from util.errors import UserError, printable
-from util.jobs import Job, Plan, find_jobs, status
-from util.program import Interrupted, run, starting
+from dereflect.options import parse_infer, separator_settings
+from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError, printable
+from dereflect.util.jobs import Job, Plan, find_jobs, status
+from dereflect.util.program import Interrupted, run, starting
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.separator import Separator
-    from util.photographs import Photograph
-    from util.progress import Progress
+    from dereflect.models.separator import Separator
+    from dereflect.util.photographs import Photograph
+    from dereflect.util.progress import Progress
 
 _PART = {"t": "transmission", "r": "reflection", "residue": "residue"}
 
@@ -34,7 +36,7 @@ def __getattr__(name: str):
     """Names of `models.separator` for Python programs; imported on demand, so that --help is fast."""
     if name not in {"Separation", "Separator", "load_separator", "remove_reflection"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models import separator
+    from dereflect.models import separator
 
     return getattr(separator, name)
 
@@ -67,8 +69,8 @@ def infer(options: Namespace) -> int:
     if todo:
         with starting():
             separator = _load(options)
-        from util.device import release_freed_memory
-        from util.progress import Progress
+        from dereflect.util.device import release_freed_memory
+        from dereflect.util.progress import Progress
 
         progress = Progress("separating", len(todo))
         for job in todo:
@@ -115,7 +117,7 @@ def _todo(plan: Plan, options: Namespace) -> tuple[list[Job], int, list[str]]:
     Raises:
         UserError: the format that was asked for can't be written here.
     """
-    from util.photographs import check_format
+    from dereflect.util.photographs import check_format
 
     if options.format:
         check_format(options.format)
@@ -161,8 +163,8 @@ def separate_file(
     """
     import numpy as np
 
-    from util.photographs import as_type, depth_of, read_photograph, write_photograph
-    from util.progress import track
+    from dereflect.util.photographs import as_type, depth_of, read_photograph, write_photograph
+    from dereflect.util.progress import track
 
     photograph = read_photograph(job.source)
     job = _fitting(job, photograph, refuse)
@@ -198,7 +200,7 @@ def separate_file(
 
 def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] | None) -> Job:
     """The job without the files that the format can't hold."""
-    from util.photographs import check_fits, check_format
+    from dereflect.util.photographs import check_fits, check_format
 
     check_format(job.form)
     height, width = photograph.pixels.shape[:2]
@@ -219,8 +221,8 @@ def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] |
 def _load(options: Namespace) -> "Separator":
     import numpy as np
 
-    from models.separator import load_separator
-    from util.device import keep_freed_memory
+    from dereflect.models.separator import load_separator
+    from dereflect.util.device import keep_freed_memory
 
     keep_freed_memory()
     separator = load_separator(options.checkpoint, **separator_settings(options))
@@ -237,5 +239,8 @@ def _quantised(band: "np.ndarray", depth: "np.dtype") -> "np.ndarray":
     return (np.clip(band, 0, 1) * peak + 0.5).astype(depth)
 
 
+program = partial(run, main)
+"""The command `dereflect` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

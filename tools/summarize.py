@@ -18,15 +18,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import roles, train_parser
-from options.config import demo_defaults
-from options.parser import FROM, WHAT, Parser
-from util import disk, tables
-from util.errors import UserError
-from util.program import run
-from util.published import AVERAGED_SETS
+from dereflect.options.arguments import roles, train_parser
+from dereflect.options.config import demo_defaults
+from dereflect.options.parser import FROM, WHAT, Parser
+from dereflect.util import disk, tables
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
+from dereflect.util.published import AVERAGED_SETS
 
 _COLUMNS = {"inet", "seed", "nEpochs"}  # options with a column of their own
 _SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "model")
@@ -54,7 +55,7 @@ def summarize(options: argparse.Namespace) -> None:
     Raises:
         UserError: there are no runs, there is no such key to sort by, or a file can't be written.
     """
-    from util.run.reader import find_runs, read_run
+    from dereflect.util.run.reader import find_runs, read_run
 
     rows = [row(read_run(folder), options.folder) for folder in find_runs(options.folder)]
     sets = test_sets(rows)

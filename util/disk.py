@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 _LONGEST_NAME = 255  # bytes
 _TEMPORARY = ".tmp-"  # hidden, and before the name, so that the suffix still tells the kind of file

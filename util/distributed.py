@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import disk
-from util.device import choose_device
-from util.errors import UserError
+from dereflect.util import disk
+from dereflect.util.device import choose_device
+from dereflect.util.errors import UserError
 
 _PATIENCE = timedelta(minutes=20)  # waits for a process that is alive but late: it may compile, or write slowly
 _BEAT = 5.0  # seconds between two signs of life

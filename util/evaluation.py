@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import disk
-from util.device import release_freed_memory
-from util.images import write_image
-from util.metrics import aligned_psnr, joint_psnr, quality_assess
+from dereflect.util import disk
+from dereflect.util.device import release_freed_memory
+from dereflect.util.images import write_image
+from dereflect.util.metrics import aligned_psnr, joint_psnr, quality_assess
 
 BASELINES: dict[str, Callable] = {"gamma 1.2": lambda image: image**1.2, "times 0.9": lambda image: 0.9 * image}
 """Changes of the mixture that cost nothing; (3, H, W) or (H, W, 3) in 0..1."""

@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from util import disk
-from util.errors import UserError, printable
-from util.formats import SUFFIXES, Picture, RefusedError, Source, open_picture
-from util.formats.picture import TURNS, turned_box, upright
+from dereflect.util import disk
+from dereflect.util.errors import UserError, printable
+from dereflect.util.formats import SUFFIXES, Picture, RefusedError, Source, open_picture
+from dereflect.util.formats.picture import TURNS, turned_box, upright
 
 JPEG_QUALITY = 95
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from util import disk
-from util.errors import UserError
-from util.formats import NO_HEIC, SUFFIXES, exif, ifd, png, prepare_heic
-from util.formats import jpeg as jpegs
-from util.formats.picture import as_type, upright
-from util.images import JPEG_QUALITY, opened
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.formats import NO_HEIC, SUFFIXES, exif, ifd, png, prepare_heic
+from dereflect.util.formats import jpeg as jpegs
+from dereflect.util.formats.picture import as_type, upright
+from dereflect.util.images import JPEG_QUALITY, opened
 
 FORMATS = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp", "heic": ".heic"}
 """What can be written, and the usual suffix."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TextIO
 
-from util.errors import UserError, printable
+from dereflect.util.errors import UserError, printable
 
 _ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from util.errors import printable
+from dereflect.util.errors import printable
 
 SECONDS_BETWEEN_LINES = 30.0
 

@@ -4,9 +4,9 @@ import inspect
 import sys
 from functools import partial
 
-from models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
-from models.arch.dsrnet import DSRNet
-from models.arch.mamba import Order
+from dereflect.models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
+from dereflect.models.arch.dsrnet import DSRNet
+from dereflect.models.arch.mamba import Order
 
 _SMALL = {"width": 32, "encoder": (2, 2, 2), "middle": 4, "decoder": (2, 2, 2), "split": True}
 _MEDIUM = {"width": 64, "encoder": (2, 2, 2, 2), "middle": 4, "decoder": (2, 2, 2, 2), "split": False}

@@ -19,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models import passes
-from models.arch import step
+from dereflect.models import passes
+from dereflect.models.arch import step
 
 Gate = Literal["none", "self", "mutual"]
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from models.scan import Mamba, ScanDirection, scan_along
+from dereflect.models.scan import Mamba, ScanDirection, scan_along
 
 Order = Literal["raster", "bidirectional", "cross"]
 DIRECTIONS = {"raster": 1, "bidirectional": 2, "cross": 4}

@@ -70,7 +70,7 @@ def chosen_backend(x: Tensor, dtype: torch.dtype) -> str | None:
 
 def backend_module(name: str) -> ModuleType:
     """The module behind a backend; importing it may fail with what it needs."""
-    return importlib.import_module(f"models.passes.{name}")
+    return importlib.import_module(f"dereflect.models.passes.{name}")
 
 
 @cache

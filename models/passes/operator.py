@@ -13,8 +13,8 @@ gradients are not differentiable again.
 import torch
 from torch import Tensor
 
-from models.operators import custom_op
-from models.passes.backends import backend_module
+from dereflect.models.operators import custom_op
+from dereflect.models.passes.backends import backend_module
 
 
 @custom_op("passes::norm", mutates_args=())

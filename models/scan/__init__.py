@@ -28,11 +28,11 @@ With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to th
     backends/mamba_ssm.py    the CUDA kernel of the `mamba_ssm` package
 """
 
-from models.scan.backends import BACKENDS, available_backends, set_backend, why_refused
-from models.scan.backends.reference import selective_scan_reference
-from models.scan.causal_conv import causal_conv1d
-from models.scan.layer import Mamba, ScanDirection, scan_along
-from models.scan.operator import selective_scan
+from dereflect.models.scan.backends import BACKENDS, available_backends, set_backend, why_refused
+from dereflect.models.scan.backends.reference import selective_scan_reference
+from dereflect.models.scan.causal_conv import causal_conv1d
+from dereflect.models.scan.layer import Mamba, ScanDirection, scan_along
+from dereflect.models.scan.operator import selective_scan
 
 __all__ = [
     "BACKENDS",

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from models.scan.causal_conv import causal_conv1d
-from models.scan.operator import selective_scan
+from dereflect.models.scan.causal_conv import causal_conv1d
+from dereflect.models.scan.operator import selective_scan
 
 
 class Mamba(nn.Module):

@@ -6,8 +6,8 @@
 import torch
 from torch import Tensor
 
-from models.operators import custom_op
-from models.scan.backends import backend_module, choose_backend, requested_backend
+from dereflect.models.operators import custom_op
+from dereflect.models.scan.backends import backend_module, choose_backend, requested_backend
 
 
 def selective_scan(

@@ -11,10 +11,10 @@ import socket
 import sys
 from pathlib import Path
 
-import models.arch
-import train_sirs
+from dereflect import train_sirs
+from dereflect.models import arch
+from dereflect.util import program
 from tests.faults.small import small
-from util import program
 
 
 def start(rank: int, size: int, port: int, log: Path, arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def start(rank: int, size: int, port: int, log: Path, arguments: list[str]) -> i
     os.dup2(1, 2)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in ranks.items()}
-    models.arch.small = small
+    arch.small = small
     sys.exit(program.run(train_sirs.main, arguments))
 
 

@@ -17,15 +17,14 @@ import sys
 import time
 from pathlib import Path
 
-import data
-import models.arch
-import train_sirs
-from data.loader import Loader
+from dereflect import data, train_sirs
+from dereflect.data.loader import Loader
+from dereflect.models import arch
+from dereflect.util import program
+from dereflect.util.program import SIGNALS
+from dereflect.util.run import checkpoint
 from tests.faults.small import RECIPE, small
 from tests.helpers import arguments
-from util import program
-from util.program import SIGNALS
-from util.run import checkpoint
 
 SETTINGS = ("--nEpochs", "3", "--epoch_size", "3", "--nThreads", "2", "--name")
 STARTS = 7  # of workers in such a training: once for its steps, for both test sets after each epoch
@@ -49,7 +48,7 @@ def start(data_folder: Path, runs: Path, name: str, seen: mmap.mmap) -> int:
 
     Loader._start = begin
     data._WORTH_WORKERS = 1
-    models.arch.small = small
+    arch.small = small
     sys.exit(program.run(train_sirs.main, arguments(data_folder, runs, *RECIPE, "--val_split", "0", *SETTINGS, name)))
 
 

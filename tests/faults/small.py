@@ -7,11 +7,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-import models.arch
-from options import parse_train
+from dereflect.models import arch
+from dereflect.options import parse_train
+from dereflect.train_sirs import train
+from dereflect.util.run.reader import METRICS
 from tests.helpers import arguments
-from train_sirs import train
-from util.run.reader import METRICS
 
 RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "0.9", "--guard", "--save_every", "1")
 
@@ -31,11 +31,11 @@ class Small(nn.Module):
 
 
 def small() -> Small:
-    """As a function of models.arch, once it is put there."""
+    """As a function of arch, once it is put there."""
     return Small()
 
 
-small.__module__ = models.arch.__name__
+small.__module__ = arch.__name__
 
 
 def train_small(data: Path, runs: Path, *more: str) -> tuple[int, Path]:

@@ -15,15 +15,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from options import parse_train
+from dereflect.options import parse_train
+from dereflect.tools.page.work import Work
+from dereflect.tools.preparation import archive
+from dereflect.util import scratch
+from dereflect.util.errors import UserError
+from dereflect.util.images import write_image
+from dereflect.util.run.record import Record
 from tests.helpers import COMMENT, contents, embedded, make_page, make_tar, make_zip
 from tests.page import separated
-from tools.page.work import Work
-from tools.preparation import archive
-from util import scratch
-from util.errors import UserError
-from util.images import write_image
-from util.run.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 SET = "<script>alert(2)</script>"

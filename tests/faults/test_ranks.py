@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.arch import create_model
+from dereflect.models.arch import create_model
+from dereflect.util import distributed
+from dereflect.util.distributed import World
+from dereflect.util.run.reader import read_metrics
 from tests.helpers import ROOT, arguments, same, state_of, wait_for_writes
-from util import distributed
-from util.distributed import World
-from util.run.reader import read_metrics
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_process_alone_is_not_watched(lost, tmp_path):
 
 
 def test_the_end_says_which_rank_and_what_to_do(tmp_path):
-    code = "from util import distributed; distributed._end(3, 1)"
+    code = "from dereflect.util import distributed; distributed._end(3, 1)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "rank 3 has shown no life for 45 s; rank 1 ends" in done.stderr and "--max-restarts" in done.stderr
@@ -145,7 +145,7 @@ def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken)
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import data
+from dereflect import data
 discover = data.discover
 def then_break(options):
     sets = discover(options)
@@ -154,8 +154,8 @@ def then_break(options):
 if {broken}:
     data.discover = then_break
 if __name__ == "__main__":
-    import train_sirs
-    from util.program import run
+    from dereflect import train_sirs
+    from dereflect.util.program import run
     sys.exit(run(train_sirs.main))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.arch import create_model
+from dereflect.models.arch import create_model
+from dereflect.train_sirs import main
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint, resume
+from dereflect.util.run.record import Record
 from tests.faults.small import outcome, train_small
 from tests.helpers import Malicious, arguments, at_call, flipped, same
-from train_sirs import main
-from util import program
-from util.errors import UserError
-from util.run import checkpoint, resume
-from util.run.record import Record
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
@@ -214,7 +214,7 @@ def test_points_of_an_evaluation_by_itself_are_there_once(run, finished, tiny_da
 def test_events_of_a_run_whose_clock_was_set_back_come_last(run, finished, tiny_data, monkeypatch):
     shutil.copy(run / "epoch_001.pt", run / "last.pt")
     (run / "previous.pt").unlink()
-    monkeypatch.setattr("util.run.record.time.time", lambda: 1e9)
+    monkeypatch.setattr("dereflect.util.run.record.time.time", lambda: 1e9)
     assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
     assert len(list(run.glob("events.*"))) == 2
     assert outcome(run)["curve"] == outcome(finished)["curve"]

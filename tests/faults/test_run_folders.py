@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from options import PRETRAINED
+from dereflect.options import PRETRAINED
+from dereflect.tools import report, summarize
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run.folder import _check_files
 from tests.helpers import ROOT, errors, make_page
-from tools import report, summarize
-from util import program
-from util.errors import UserError
-from util.run.folder import _check_files
 
 
 @pytest.mark.timeout(60)

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import engine
-import models
-import train_sirs
-from models.dsrnet_model_sirs import DSRNetModel
+from dereflect import engine, models, train_sirs
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.util import program
+from dereflect.util.run import checkpoint
+from dereflect.util.run.record import Record
 from tests.helpers import ROOT, arguments, at_call, run, same, state_of, wait_for_writes
 from tests.project import NVIDIA_SMI, RECORDER, Project
-from util import program
-from util.run import checkpoint
-from util.run.record import Record
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 SETTINGS = ("--nEpochs", "2", "--epoch_size", "3", "--save_steps", "1")

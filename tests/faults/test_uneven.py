@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-import train_sirs
-from data import discover
-from data.folders import find_test_sets
-from data.loader import Loader
-from options import parse_train
+from dereflect import train_sirs
+from dereflect.data import discover
+from dereflect.data.folders import find_test_sets
+from dereflect.data.loader import Loader
+from dereflect.options import parse_train
+from dereflect.util import program
+from dereflect.util.distributed import join
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.run.reader import read_metrics, read_run
 from tests.faults.small import RECIPE, train_small
 from tests.helpers import PHOTOGRAPHS, ROOT, arguments, errors, options_for, write_noise, write_pairs
-from util import program
-from util.distributed import join
-from util.run.folder import RunFolder
-from util.run.reader import read_metrics, read_run
 
 
 def processes(count: int, data: Path, runs: Path, *more: str) -> list[int]:

@@ -17,8 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-import data
-from data.loader import MOST_RESTARTS, Loader
+from dereflect import data
+from dereflect.data.loader import MOST_RESTARTS, Loader
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb
+from dereflect.util.program import SIGNALS
+from dereflect.util.run.reader import read_metrics
 from tests.helpers import (
     PHOTOGRAPHS,
     assert_same,
@@ -31,10 +35,6 @@ from tests.helpers import (
     write_noise,
     write_pairs,
 )
-from util.errors import UserError
-from util.images import read_rgb
-from util.program import SIGNALS
-from util.run.reader import read_metrics
 
 BREAKING = {
     "gone": Path.unlink,
@@ -278,7 +278,7 @@ class Deadly(Dataset):
 )
 def test_workers_that_always_die_are_a_clear_error(base, monkeypatch, number, words):
     restarts = int(number == signal.SIGKILL)
-    monkeypatch.setattr("data.loader.MOST_RESTARTS", restarts)
+    monkeypatch.setattr("dereflect.data.loader.MOST_RESTARTS", restarts)
     loader = Loader(Deadly(number), [[0], [1], [2], [3]], options_for(base), workers=1)
     found = []
     with pytest.raises(UserError) as error:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tools.benchmarks import common, machine, output
-from tools.benchmarks.common import Measurement
-from util.metrics import PEAK, quality_assess
+from dereflect.tools.benchmarks import common, machine, output
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.util.metrics import PEAK, quality_assess
 
 WINDOW, STEP = 20, 10  # of LMSE
 

@@ -16,9 +16,9 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
-from models.scan import Mamba, selective_scan_reference, set_backend
-from models.weights import translate
-from util.errors import UserError
+from dereflect.models.scan import Mamba, selective_scan_reference, set_backend
+from dereflect.models.weights import translate
+from dereflect.util.errors import UserError
 
 _ROOT = Path(__file__).resolve().parents[2]
 

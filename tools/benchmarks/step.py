@@ -11,12 +11,12 @@ import itertools
 import numpy as np
 import torch
 
-from tools.benchmarks import common, machine, output, variants
-from tools.benchmarks.common import Measurement
-from tools.benchmarks.output import Row
-from tools.benchmarks.variants import Variant
-from util.device import keep_freed_memory, set_deterministic
-from util.errors import UserError
+from dereflect.tools.benchmarks import common, machine, output, variants
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.tools.benchmarks.output import Row
+from dereflect.tools.benchmarks.variants import Variant
+from dereflect.util.device import keep_freed_memory, set_deterministic
+from dereflect.util.errors import UserError
 
 KINDS = {False: "training step", True: "prediction"}
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model, check_backends
-from models.arch import create_model
-from models.arch.plain import plain_forward
-from models.dsrnet_model_sirs import DSRNetModel
-from models.scan import Mamba, set_backend
-from options import train_parser
-from tools.benchmarks.published import PublishedNetwork
-from tools.inspection.costs import FORMULAS
-from tools.inspection.field import scaled_at_random
-from util.errors import UserError
-from util.optim import parameter_groups
+from dereflect.models import build_model, check_backends
+from dereflect.models.arch import create_model
+from dereflect.models.arch.plain import plain_forward
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.scan import Mamba, set_backend
+from dereflect.options import train_parser
+from dereflect.tools.benchmarks.published import PublishedNetwork
+from dereflect.tools.inspection.costs import FORMULAS
+from dereflect.tools.inspection.field import scaled_at_random
+from dereflect.util.errors import UserError
+from dereflect.util.optim import parameter_groups
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only

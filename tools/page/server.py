@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tools.page.work import LAYERS, PREVIEWS, BusyError, Sent, Work
-from util.errors import UserError
+from dereflect.tools.page.work import LAYERS, PREVIEWS, BusyError, Sent, Work
+from dereflect.util.errors import UserError
 
 _HERE = Path(__file__).parent
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml",

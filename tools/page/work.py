@@ -19,11 +19,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from util.device import enough_memory, release_freed_memory
-from util.errors import UserError
-from util.images import opened, read_rgb
-from util.jobs import Job
-from util.photographs import Photograph, read_photograph, write_photograph
+from dereflect.util.device import enough_memory, release_freed_memory
+from dereflect.util.errors import UserError
+from dereflect.util.images import opened, read_rgb
+from dereflect.util.jobs import Job
+from dereflect.util.photographs import Photograph, read_photograph, write_photograph
 
 KEPT = 3600  # seconds that a result is kept
 MOST_BYTES, MOST_RESULTS = 4 * 2**30, 200  # of all photographs and results; the oldest results go first

@@ -17,11 +17,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from util import disk
-from util.run.reader import SCORES, Run
+from dereflect.util import disk
+from dereflect.util.run.reader import SCORES, Run
 
 if TYPE_CHECKING:
-    from tools.reports.pictures import Shown
+    from dereflect.tools.reports.pictures import Shown
 
 _HERE = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)

@@ -10,9 +10,9 @@ import re
 
 from PIL import Image
 
-from util.formats import jpeg, netpbm, png, tiff
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats import jpeg, netpbm, png, tiff
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import RefusedError, Source
 
 SUFFIXES = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from util.formats import exif
-from util.formats.picture import About, PilPicture
-from util.formats.source import Part, RefusedError, Source, splice
+from dereflect.util.formats import exif
+from dereflect.util.formats.picture import About, PilPicture
+from dereflect.util.formats.source import Part, RefusedError, Source, splice
 
 MOST_IN_SEGMENT = 65533
 """Bytes that a segment can hold."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from util.formats.picture import About, Picture, check_size
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats.picture import About, Picture, check_size
+from dereflect.util.formats.source import RefusedError, Source
 
 _HEADER = 2**14  # bytes that a header may have, with its comments
 _BLOCK = 2**22  # bytes of samples that are looked at at a time

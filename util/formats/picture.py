@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from util.formats.exif import Exif, parse
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats.exif import Exif, parse
+from dereflect.util.formats.source import RefusedError, Source
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` knows better
 

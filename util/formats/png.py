@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from util.formats import exif
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import Part, RefusedError, Source, splice
+from dereflect.util.formats import exif
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import Part, RefusedError, Source, splice
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"

@@ -7,11 +7,11 @@ from itertools import islice
 
 import numpy as np
 
-from util.formats import exif, ifd
-from util.formats.ifd import Directory, Layout
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import RefusedError, Source, splice
-from util.formats.tiff_pixels import CMYK, COLOURS, LAB, PACKED, PALETTE, YCBCR, Page, TiffPicture
+from dereflect.util.formats import exif, ifd
+from dereflect.util.formats.ifd import Directory, Layout
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import RefusedError, Source, splice
+from dereflect.util.formats.tiff_pixels import CMYK, COLOURS, LAB, PACKED, PALETTE, YCBCR, Page, TiffPicture
 
 RAW = "a camera's raw file; develop it first, into a TIFF or PNG"
 _PREVIEW, _MASK = 1, 4  # of NewSubfileType

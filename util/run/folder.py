@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from util import disk
-from util.errors import UserError
-from util.run import checkpoint
-from util.run.lock import Lock
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
+from dereflect.util.run.lock import Lock
 
 if TYPE_CHECKING:  # finding the files of a run takes no torch
     from argparse import Namespace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # finding the files of a run takes no torch
     from torch import nn
     from torch.optim import Optimizer
 
-    from util.distributed import World
+    from dereflect.util.distributed import World
 
 EVENTS = "events.out.tfevents."
 """The prefix of TensorBoard's files."""
@@ -159,7 +159,7 @@ class RunFolder:
     def _choose_newest(
         self, options: Namespace, network: nn.Module, optimizer: Optimizer, identity: dict
     ) -> tuple[dict, Path, list[str]]:
-        from util.run.resume import check_continuable, check_usable  # imports torch
+        from dereflect.util.run.resume import check_continuable, check_usable  # imports torch
 
         messages: list[str] = []
         for path in (path for path in (self.last, self.previous) if path.exists()):

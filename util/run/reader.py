@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 import yaml
 
-from util import disk, tables
-from util.errors import UserError
-from util.published import AVERAGE
-from util.run.folder import EVENTS, RunFolder
+from dereflect.util import disk, tables
+from dereflect.util.errors import UserError
+from dereflect.util.published import AVERAGE
+from dereflect.util.run.folder import EVENTS, RunFolder
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 SCORES = METRICS[:2]

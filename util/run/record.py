@@ -28,16 +28,16 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-from options import as_text
-from options.config import RECORDED
-from options.parser import START
-from util import disk
-from util.distributed import World
-from util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
-from util.images import write_image
-from util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
-from util.run.folder import EVENTS, RunFolder
-from util.run.reader import METRICS, Run, event_lengths, read_metrics, read_run
+from dereflect.options import as_text
+from dereflect.options.config import RECORDED
+from dereflect.options.parser import START
+from dereflect.util import disk
+from dereflect.util.distributed import World
+from dereflect.util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
+from dereflect.util.images import write_image
+from dereflect.util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
+from dereflect.util.run.folder import EVENTS, RunFolder
+from dereflect.util.run.reader import METRICS, Run, event_lengths, read_metrics, read_run
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)

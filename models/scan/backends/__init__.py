@@ -63,7 +63,7 @@ def available_backends(device: str) -> dict[str, str | None]:
 
 def backend_module(name: str) -> ModuleType:
     """The module behind a backend; importing it may fail with what it needs."""
-    return importlib.import_module(f"models.scan.backends.{name}")
+    return importlib.import_module(f"dereflect.models.scan.backends.{name}")
 
 
 def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> str:

@@ -24,8 +24,8 @@ from llvmlite import ir
 from numba import int64, types
 from torch import Tensor
 
-from models.compiled.threads import in_huge_pages, run_tasks
-from models.compiled.vector import (
+from dereflect.models.compiled.threads import in_huge_pages, run_tasks
+from dereflect.models.compiled.vector import (
     INTEGERS,
     LANES,
     ROW,
