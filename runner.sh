@@ -86,6 +86,7 @@ mps) visible='' ids=0 ;;
     ;;
 esac
 
+[ "$gpu" != cpu ] || CPU_ONLY=yes # read by use_environment
 use_environment requirements.txt || exit 1
 if [ ! . -ef "$ROOT" ]; then
     say "Working in $ROOT; relative paths start there"

@@ -79,7 +79,7 @@ def test_otherwise_the_one_in_venv(project):
     )
     done = project.use_environment("absent-thing\n")
     assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
-    assert done.stderr.strip() == f"Python: .venv/bin/python, because {sys.executable} lacks absent-thing"
+    assert done.stderr.strip() == "Python: .venv/bin/python"
 
 
 def test_an_incomplete_venv_is_completed(project):
@@ -116,6 +116,64 @@ def test_an_incomplete_venv_is_completed(project):
     assert (project.root / "pip.log").read_text() == "one\n"
 
 
+def installed(project, *prelude: str, uv: bool) -> list[str]:
+    """How uv or pip is called to install torch and another thing; both must be stubs that note it."""
+    log = project.root / "log"
+    executable(
+        project.root / ".venv/bin/python",
+        f"""#!/bin/sh
+        case "$*" in
+        "-m pip install"*) echo "pip $*" >>"{log}"; exit ;;
+        esac
+        exec "{sys.executable}" "$@"
+        """,
+    )
+    project.only("sed", "uname", "cat")
+    if uv:
+        executable(project.bin / "uv", f'#!/bin/sh\necho "uv $*" >>"{log}"\n')
+    done = project.use_environment("torch>=99,<100  # a comment\ntorchvision>=98\nabsent-thing\n", *prelude)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0].startswith(
+        "Installing requirements.txt into .venv with " + ("uv" if uv else "pip")
+    )
+    assert ("2 GB" if len(log.read_text().splitlines()) == 2 else "6 GB") in done.stderr
+    assert f"because {sys.executable} lacks torch<100,>=99" in done.stderr
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_a_cpu_gets_torch_without_cuda_where_its_index_answers(project, uv):
+    first, second = installed(project, "CPU_ONLY=yes", "uname() { echo Linux; }", "answers() { :; }", uv=uv)
+    assert first.endswith("--index-url https://download.pytorch.org/whl/cpu torch>=99,<100 torchvision>=98")
+    assert first.startswith("uv pip install" if uv else "pip -m pip install")
+    assert second.endswith(f"-r {project.root}/requirements.txt") and "--index-url" not in second
+
+
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        ("uname() { echo Linux; }", "answers() { :; }"),
+        ("CPU_ONLY=yes", "uname() { echo Linux; }", "answers() { return 1; }"),
+    ],
+    ids=["a GPU", "no answer"],
+)
+def test_otherwise_all_comes_from_the_usual_index(project, prelude):
+    (line,) = installed(project, *prelude, uv=False)
+    assert line.endswith(f"-r {project.root}/requirements.txt") and "--index-url" not in line
+
+
+def test_only_the_runner_for_a_cpu_asks_for_torch_without_cuda(project):
+    stub = 'use_environment() { echo "${CPU_ONLY:-no}" >&2; return 1; }\nROOT=.\nsay() { :; }\n'
+    (project.root / "tools/environment.sh").write_text(stub)
+    assert [project.run(gpu, "dsrnet_s").stderr for gpu in ("cpu", "0")] == ["yes\n", "no\n"]
+
+
+def test_what_does_not_answer_is_noticed(project):
+    executable(project.root / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    done = project.bash("-uc", ". tools/environment.sh; answers http://127.0.0.1:9/ || echo silent")
+    assert done.stdout == "silent\n" and done.stderr == ""
+
+
 def test_when_pip_fails_the_last_line_says_what_to_do(project):
     executable(
         project.root / ".venv" / "bin" / "python",
@@ -130,7 +188,7 @@ def test_when_pip_fails_the_last_line_says_what_to_do(project):
     done = project.run("cpu", "dsrnet_s", "x")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2] == "no network"
-    assert done.stderr.splitlines()[-1].startswith("pip could not install requirements.txt into .venv (see above)")
+    assert done.stderr.splitlines()[-1].startswith("Could not install requirements.txt into .venv (see above)")
 
 
 def test_a_python_named_by_hand_must_work(project):
