@@ -1,5 +1,6 @@
 """The separator as Python programs call it: every kind of picture, every way to name a network."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from dereflect.models import hub, separator
 from dereflect.models.separator import Separator, load_separator
 from dereflect.options import PRETRAINED
 from dereflect.util.errors import UserError
-from tests.helpers import Local, Malicious
+from dereflect.util.images import read_image
+from tests.helpers import ROOT, Local, Malicious
 
 
 class Darker(Local):
@@ -158,3 +160,14 @@ def test_the_hub_without_the_package_or_the_repository(repository, monkeypatch):
 def test_remove_reflection_needs_no_checkpoint(pixels):
     result = separator.remove_reflection(pixels, gpu_ids=[])
     assert result.transmission.shape == pixels.shape
+
+
+def test_the_examples_of_the_page_in_docs(pixels, tmp_path, monkeypatch):
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    before, _, _ = text.partition("<!-- not run")
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pixels).save("photograph.jpg")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", before, re.DOTALL):
+        exec(block, names)
+    assert read_image("transmission.png").shape == read_image(Path("reflection.png")).shape == pixels.shape
