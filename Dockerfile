@@ -3,9 +3,21 @@
 #
 #   docker build --build-arg TORCH_CUDA_ARCH_LIST="8.6;9.0" --tag sirs-mamba .
 #
+# Without a GPU and without these kernels: docker build --target cpu --tag sirs-cpu .
+#
 # The base must have nvcc of the CUDA version that its torch was built with.
 ARG BASE_IMAGE=docker.io/pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel
-FROM ${BASE_IMAGE}
+FROM docker.io/library/python:3.12-slim AS cpu
+ENV PIP_ROOT_USER_ACTION=ignore PYTHON=python3
+COPY requirements.txt /opt/sirs/
+# The first of them from PyTorch's index of builds without CUDA, which are a third of the size.
+RUN python3 -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
+        $(sed -n 's/^\(torch[a-z]*[<>=][^ #]*\).*/\1/p' /opt/sirs/requirements.txt) && \
+    python3 -m pip install --no-cache-dir -r /opt/sirs/requirements.txt
+WORKDIR /workspace/sirs
+CMD ["bash"]
+
+FROM ${BASE_IMAGE} AS cuda
 
 # The base's Python is the system's own, which Ubuntu has pip refuse to install into. Here it has no other use.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \

@@ -9,13 +9,12 @@ import os
 import stat
 from pathlib import Path
 
+from dereflect.options import presets
 from dereflect.options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16
 """Sides of crops, tiles and overlaps are multiples of it, as the networks' input is."""
-
-PRESETS = Path(__file__).resolve().parent / "presets"
 
 _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
 
@@ -41,16 +40,6 @@ def _mode(path: str | Path) -> int:
         raise
     except (OSError, ValueError):
         return 0
-
-
-def presets() -> list[str]:
-    """The names of the recipes in options/presets/."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def preset_file(config: Path) -> Path | None:
-    """The file of a recipe that is named as --config; None for anything else, such as the path of a file."""
-    return PRESETS / f"{config}.yaml" if str(config) in presets() else None
 
 
 def positive_int(text: str) -> int:
@@ -181,7 +170,7 @@ def add_run(parser: Parser) -> None:
     option(group, WHAT, "--seed", type=natural_int, default=2018, help="seed of every random draw")
     option(group, START, "--config", type=Path, metavar="NAME|FILE.yaml",
            help="defaults for any option here, from a file or a recipe of options/presets/ "
-                f"({', '.join(presets())}); the command line wins")  # fmt: skip
+                f"({', '.join(presets.names())}); the command line wins")  # fmt: skip
 
 
 def add_device(parser: Parser, trained: bool = False) -> None:
@@ -359,6 +348,8 @@ def add_records(parser: Parser) -> None:
            help="write the last checkpoint every N steps within an epoch, too; 0: only at its end")  # fmt: skip
     option(group, HOW, "--log_every", type=positive_int, default=20, metavar="STEPS",
            help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
+    option(group, HOW, "--tracker", choices=("trackio", "wandb"),
+           help="also send options and figures to this tracker, a package that must be installed")  # fmt: skip
     option(group, HOW, "--log_norms", action="store_true",
            help="add every block's activations and gradients to the curves, to find where a training begins to "
                 "diverge")  # fmt: skip

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from dereflect.options import arguments
+from dereflect.options import arguments, presets
 from dereflect.options.parser import START, Parser, Role, nearest
 
 PRETRAINED = arguments.ROOT / "models/pretrained/madsrnet_xs.safetensors"
@@ -37,9 +37,9 @@ def read_config(parser: Parser, path: Path) -> dict[str, object]:
     options.yaml of a run is such a file, too. Those of older versions say how the run was started; that is left out, so
     that the file starts a new run like that one.
     """
-    preset = arguments.preset_file(path)
+    preset = presets.find(path)
     if not (preset or path.suffix or arguments.is_file(path)):
-        parser.error(f"--config {path}: there is no such file{nearest(str(path), arguments.presets())}")
+        parser.error(f"--config {path}: there is no such file{nearest(str(path), presets.names())}")
     values = _load(parser, preset or path, f"--config {path}")
     if _OLD_RECORD in values:
         role = arguments.roles()

@@ -9,12 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dereflect.engine import Diverged, Engine
 from dereflect.models.arch import create_model
@@ -85,7 +87,7 @@ def test_tensorboard_has_curves_panels_and_options(finished):
     tags = events.Tags()
     for tag in ("t_pixel", "r_pixel", "vgg", "exclusion", "reconstruction", "total"):
         assert f"train/loss_{tag}" in tags["scalars"]
-    for tag in ("train/lr", "train/gradient_norm", "speed/images_per_second", "speed/peak_memory_GiB", "val/PSNR"):
+    for tag in ("train/lr", "train/gradient_norm", "speed/images_per_second", "speed/peak_memory_GiB", "PSNR/val"):
         assert tag in tags["scalars"]
     total = events.Scalars("train/loss_total")
     assert [point.step for point in total] == [2, 4, 6, 8]
@@ -97,7 +99,38 @@ def test_tensorboard_has_curves_panels_and_options(finished):
     waited = events.Scalars("speed/seconds_waited_for_data")
     assert all(0 < point.value < 60 for point in waited)
     assert len(events.Images("panels/demo_clip")) == 4
-    assert "options/text_summary" in tags["tensors"]
+    assert "options/text_summary" in tags["tensors"] and "custom_scalars__config__" in tags["tensors"]
+    line = next(line for line in read_metrics(finished) if line["set"] == "demo_clip" and line["estimate"] == "input")
+    untouched = [point.value for point in events.Scalars("PSNR/demo_clip/input")]
+    assert untouched == pytest.approx([line["PSNR"]] * 4), "a level line beside the network's"
+    kinds = {tag: plugin_data_pb2.HParamsPluginData.FromString(content) for tag, content in
+             events.PluginTagToContent("hparams").items()}  # fmt: skip
+    given = kinds["_hparams_/session_start_info"].session_start_info.hparams
+    assert given["ema"].number_value == 0.9 and given["inet"].string_value == "dsrnet_xs" and "gpu_ids" not in given
+    shown = [info.name.tag for info in kinds["_hparams_/experiment"].experiment.metric_infos]
+    assert "PSNR/average" in shown and "PSNR/average" in tags["scalars"] and "_hparams_/session_end_info" in kinds
+
+
+def test_a_tracker_gets_options_and_figures(tiny_data, tmp_path, monkeypatch):
+    calls = []
+    stub = types.SimpleNamespace(
+        init=lambda **given: calls.append(("init", given)) or stub,
+        log=lambda values, step: calls.append(("log", step, values)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    assert (
+        run(tiny_data, tmp_path, "--nEpochs", "1", "--epoch_size", "2", "--tracker", "trackio", "--name", "t")[0] == 0
+    )
+    (_, given), *logs, end = calls
+    assert given["name"] == "t" and given["config"]["nEpochs"] == 1 and end == ("finish",)
+    assert any("PSNR/average" in values for _, _, values in logs) and any("train/lr" in v for _, _, v in logs)
+
+
+def test_a_tracker_that_is_not_there_is_told(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(tiny_data, tmp_path, "--nEpochs", "1", "--tracker", "wandb")
 
 
 def test_files_of_a_run(finished):

@@ -56,7 +56,7 @@ def outcome(folder: Path) -> dict:
         "figures": {
             tag: [(point.step, point.value) for point in events.Scalars(tag)]
             for tag in events.Tags()["scalars"]
-            if tag.rpartition("/")[2] in METRICS
+            if tag.partition("/")[0] in METRICS
         },
         "pictures": {tag: [point.step for point in events.Images(tag)] for tag in events.Tags()["images"]},
         "curve": [(point.step, point.value) for point in events.Scalars("train/loss_total")],
