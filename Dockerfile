@@ -9,11 +9,12 @@
 ARG BASE_IMAGE=docker.io/pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel
 FROM docker.io/library/python:3.12-slim AS cpu
 ENV PIP_ROOT_USER_ACTION=ignore PYTHON=python3
-COPY requirements.txt /opt/sirs/
+WORKDIR /opt/sirs
+COPY pyproject.toml dereflect.py README.md LICENSE requirements.txt ./
 # The first of them from PyTorch's index of builds without CUDA, which are a third of the size.
 RUN python3 -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
-        $(sed -n 's/^\(torch[a-z]*[<>=][^ #]*\).*/\1/p' /opt/sirs/requirements.txt) && \
-    python3 -m pip install --no-cache-dir -r /opt/sirs/requirements.txt
+        $(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' pyproject.toml) && \
+    python3 -m pip install --no-cache-dir -r requirements.txt
 WORKDIR /workspace/sirs
 CMD ["bash"]
 

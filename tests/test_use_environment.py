@@ -128,6 +128,7 @@ def installed(project, *prelude: str, uv: bool) -> list[str]:
         exec "{sys.executable}" "$@"
         """,
     )
+    (project.root / "pyproject.toml").write_text('dependencies = [\n    "torch>=99,<100",\n    "torchvision>=98",\n]\n')
     project.only("sed", "uname", "cat")
     if uv:
         executable(project.bin / "uv", f'#!/bin/sh\necho "uv $*" >>"{log}"\n')

@@ -134,7 +134,7 @@ install() {
     [ "$(uname -s)" = Linux ] || size="2 GB"
     if [ -n "${CPU_ONLY:-}" ] && [ "$(uname -s)" = Linux ] && answers "$index/torch/"; then
         size="2 GB"
-        torch=$(sed -n 's/^\(torch[<>=][^ #]*\).*/\1/p; s/^\(torchvision[<>=][^ #]*\).*/\1/p' "$ROOT/requirements.txt")
+        torch=$(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' "$ROOT/pyproject.toml")
     fi
     command -v uv >/dev/null && pip=uv
     say "Installing ${1##*/} into .venv with $pip: about $size on the disk, some minutes"
