@@ -333,6 +333,18 @@ def test_the_whole_step_is_one_graph(bf16, backend, monkeypatch):
         assert (others[name] - gradient).norm() <= 5 * precision * gradient.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("block", [MuGI, MuGIMA])
+def test_exported_with_any_height_and_width(block):
+    """One program of torch.export for all sizes, with the network's very numbers at another than the example's."""
+    net = tiny(block=block, pyramid_block=block, stem=(16, 4)).eval()
+    sides = {axis: 16 * torch.export.Dim(name, min=2, max=64) for axis, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(net, (torch.rand(1, 3, 64, 64),), dynamic_shapes=(sides,)).module()
+    mixture = torch.rand(1, 3, 96, 48)
+    with torch.no_grad():
+        for found, expected in zip(program(mixture), net(mixture), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_every_block_is_one_graph():
     """All kinds of blocks, one after the other, forward and backward in fp32."""
     net = with_scales(torch.nn.Sequential(*(block(16) for block in (MuGI, NAF, MuGIM2, MuGIM, MuGIMG))))

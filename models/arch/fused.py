@@ -44,7 +44,7 @@ def residual_step(
         d = d if depthwise is None else depthwise(d)
         return gate_project_add(d, x, project, scale, gate, attention)
     projection = step.Projection(*_parameters(attention), *_parameters(project), scale)
-    how = step.How((len(x), *x.shape[2:]), norm.eps, gate, backend)
+    how = step.How((x.shape[0], *x.shape[2:]), norm.eps, gate, backend)
     return _image(step.residual_step(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), projection, how), x)
 
 
@@ -54,7 +54,7 @@ def expand_and_gate(x: Tensor, norm: torch.nn.LayerNorm, expand: torch.nn.Conv2d
     backend = passes.chosen_backend(x, dtype)
     if backend is None:
         return mutual_gate(depthwise(norm_project(x, norm, expand)))
-    how = step.How((len(x), *x.shape[2:]), norm.eps, "mutual", backend)
+    how = step.How((x.shape[0], *x.shape[2:]), norm.eps, "mutual", backend)
     return _image(step.expand_and_gate(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), how), x)
 
 
@@ -177,7 +177,7 @@ def _gate_forward(d: Tensor, gate: Gate) -> Tensor:
     if gate == "self":
         return u * v
     g = torch.empty_like(u, memory_format=torch.contiguous_format)
-    m = len(d) // 2
+    m = d.shape[0] // 2
     _multiply(u[:m], v[m:], g[:m])
     _multiply(u[m:], v[:m], g[m:])
     return g
@@ -193,7 +193,7 @@ def _gate_backward(grad: Tensor, d: Tensor, gate: Gate) -> Tensor:
         _multiply(grad, v, grad_u)
         _multiply(grad, u, grad_v)
         return out
-    m = len(d) // 2
+    m = d.shape[0] // 2
     for mine, other in ((slice(m), slice(m, None)), (slice(m, None), slice(m))):
         _multiply(grad[mine], v[other], grad_u[mine])
         _multiply(grad[other], u[other], grad_v[mine])
