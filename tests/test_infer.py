@@ -110,7 +110,7 @@ def test_heic_without_its_reader_is_told(tmp_path, stand_in, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     assert run(tmp_path, tmp_path / "a.heic") == 1
-    assert "a.heic: HEIC needs a package: pip install pillow-heif" in capsys.readouterr().out
+    assert "a.heic: HEIC needs a package: pip install pillow-heif" in capsys.readouterr().err
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png", "--format", "heic") == 2, "before anything is loaded"
     assert not stand_in.seen and "pip install pillow-heif" in capsys.readouterr().err
@@ -246,15 +246,16 @@ def test_resume_makes_what_is_missing(tmp_path, album, stand_in, capsys):
 def test_a_bad_file_does_not_stop_the_rest(tmp_path, album, stand_in, capsys):
     (album / "broken.png").write_bytes(b"\x89PNG not really")
     assert run(tmp_path, album) == 1
-    told = capsys.readouterr().out
-    assert "broken.png" in told and "2 separated" in told and "1 failed" in told
+    told = capsys.readouterr()
+    assert "2 separated" in told.out and "1 failed" in told.out
+    assert told.err.startswith(f"error: {album / 'broken.png'}: ") and "broken.png" not in told.out
     assert made_in(album) == {"one_t.png", "deep/two_t.jpg"}
 
 
 def test_what_a_format_cannot_hold_is_told_and_leaves_nothing(tmp_path, stand_in, capsys):
     Image.new("RGB", (17000, 1)).save(tmp_path / "long.png")
     assert run(tmp_path, tmp_path / "long.png", "--format", "webp") == 1
-    assert "long_t.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().out
+    assert "long_t.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().err
     assert not stand_in.seen, "before anything is computed"
     assert {path.name for path in tmp_path.iterdir()} == {"long.png", "weights.pt"}
 

@@ -91,12 +91,12 @@ def _try(separator: "Separator", job: Job, progress: "Progress") -> tuple[bool, 
 
     def refuse(line: str) -> None:
         refused.append(line)
-        progress.log(f"error: {line}")
+        progress.log(f"error: {line}", wrong=True)
 
     try:
         separate_file(separator, job, refuse, lambda line: progress.log(f"note: {printable(job.source)}: {line}"))
     except UserError as error:
-        progress.log(f"error: {error}")
+        progress.log(f"error: {error}", wrong=True)
         return False, False
     return True, not refused
 
