@@ -149,6 +149,9 @@ def discover(options: Namespace) -> Sets:
         raise UserError(f"--base_dir {base}: there isn't {wanted}. {_LAYOUT}")
     mix, missing = _mix(held, options) if training else ({}, [])
     missing += _missing_tests(tests, options.demo)
+    missing += [
+        f"a test set without images, left out: {folder}" for name, folder in test_folders.items() if name not in tests
+    ]
     if training and not (validation if options.best_by == "val" else tests):
         lacking = "no pair is held out" if options.best_by == "val" else "there is no test set"
         missing.append(f"{lacking}, so no best epoch can be picked: no best.pt is written, last.pt stands for it")

@@ -92,6 +92,14 @@ def test_training_alone_needs_no_test_set(base):
     assert "real20_420" in sets.missing[-1]
 
 
+def test_an_empty_test_set_is_told(base):
+    for layer in ("blended", "transmission_layer"):
+        (base / "test/empty" / layer).mkdir(parents=True)
+    sets = discover(options_for(base))
+    assert set(sets.tests) == {"PostcardDataset", "real20_420"}
+    assert f"a test set without images, left out: {base / 'test/empty'}" in sets.missing
+
+
 def test_test_sets_may_lie_at_any_depth_and_share_names(base):
     write_pairs(base / "test/mine/very/deep", "a")
     write_pairs(base / "test/one/same", "a")
