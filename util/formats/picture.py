@@ -159,8 +159,6 @@ class PilPicture(Picture):
         return self._whole()
 
     def check(self) -> None:
-        if self.kind == "JPEG":
-            self.image.draft(None, (1, 1))
         self._load()
 
     def rgb(self, draft: tuple[int, int] | None = None) -> Image.Image:

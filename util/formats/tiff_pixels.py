@@ -231,8 +231,9 @@ class TiffPicture(Picture):
                 light = peak - row.astype(np.uint32)
                 row[:, :3] = (light[:, :3] * light[:, 3:] + peak // 2) // peak
             colours = colours[:, :, :3]
-        elif page.photometric == YCBCR:
-            colours = np.asarray(Image.fromarray(np.ascontiguousarray(colours), "YCbCr").convert("RGB"))
+        elif page.photometric in (YCBCR, LAB):
+            mode = "YCbCr" if page.photometric == YCBCR else "LAB"
+            colours = np.asarray(Image.frombytes(mode, self.size, colours.tobytes()).convert("RGB"))
         if page.multiplied:
             for row, opaque in zip(colours, alpha.astype(np.uint32), strict=True):
                 divisor = np.maximum(opaque, 1)[:, None]
