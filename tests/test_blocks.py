@@ -1,6 +1,5 @@
 """Every code block of the README and of docs/: Python runs; commands are taken by the programs that they call."""
 
-import glob
 import importlib
 import re
 import shlex
@@ -53,7 +52,7 @@ def commands(block: str) -> list[list[str]]:
     found = []
     for line in joined.splitlines():
         words = shlex.split(re.sub(r" &?>+ ?\S+| 2>&1|&$", "", line), comments=True)
-        while words and (re.match(r"[A-Z_]+=", words[0]) or words[0] == "nohup"):
+        while words and (re.match(r"[A-Z0-9_]+=", words[0]) or words[0] == "nohup"):
             words.pop(0)
         if words:
             found.append(words)
@@ -74,9 +73,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_python(block, folder):
-    code = f"import sys; sys.path.append({str(ROOT)!r})\n{block}"
+@pytest.mark.parametrize("page", sorted({block.id.partition(":")[0] for block in blocks("python")}))
+def test_python(page, folder):
+    """A page's blocks follow each other in one program."""
+    program = "\n".join(block.values[0] for block in blocks("python") if block.id.startswith(f"{page}:"))
+    code = f"import sys; sys.path.append({str(ROOT)!r})\n{program}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
