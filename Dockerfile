@@ -11,7 +11,8 @@ FROM docker.io/library/python:3.12-slim AS cpu
 ENV PIP_ROOT_USER_ACTION=ignore PYTHON=python3
 WORKDIR /opt/sirs
 COPY pyproject.toml dereflect.py README.md LICENSE requirements.txt ./
-# The first of them from PyTorch's index of builds without CUDA, which are a third of the size.
+COPY util/wheel.py util/
+# The first of them from PyTorch's index of builds without CUDA, which are smaller.
 RUN python3 -m pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
         $(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' pyproject.toml) && \
     python3 -m pip install --no-cache-dir -r requirements.txt
@@ -27,6 +28,7 @@ ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
 
 WORKDIR /opt/sirs
 COPY pyproject.toml dereflect.py README.md LICENSE requirements.txt requirements-cuda.txt ./
+COPY util/wheel.py util/
 RUN python3 -m pip install --no-cache-dir -r requirements.txt
 
 # The GPUs to build for, and compilers at once: each wants some 4 GB of memory, and without ninja there is only one.
