@@ -82,7 +82,8 @@ class Server:
             path = folder / "checkpoints" / name / "best.pt"
             executable(path, "")
             os.utime(path, (1e9 - age, 1e9 - age))
-        code = f"{STAND_IN}\nfrom tools.page import server\nserver.SLOW = 2\n{_WITNESS}\nfrom tools import app\n"
+        start = "from dereflect.tools import app\nfrom dereflect.tools.page import server\nserver.SLOW = 2\n"
+        code = f"{STAND_IN}\n{_WITNESS}\n{start}"
         limits = ["--max_megabytes", "1", "--max_megapixels", "1", "--queue", "3"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", f"{code}sys.exit(app.run(app.main))", "--port", "0", *limits, *options],

@@ -1,5 +1,6 @@
 """tools/app.py: its parts, and the whole in a browser. A stand-in separates, by mirroring the photograph."""
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ import types
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_help_imports_nothing_heavy():
     done = python(
-        "import sys\nfrom tools import app\ntry: app.main(['--help'])\n"
+        "import sys\nfrom dereflect.tools import app\ntry: app.main(['--help'])\n"
         "except SystemExit: assert not {'torch', 'starlette', 'numpy'} & set(sys.modules)"
     )
     assert done.returncode == 0, done.stderr
@@ -78,7 +80,8 @@ def test_without_the_server_it_names_the_requirements():
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "pip install -r requirements-app.txt" in line
-    assert "uvicorn>=" in (ROOT / "requirements-app.txt").read_text()
+    assert (ROOT / "requirements-app.txt").read_text().splitlines()[-1] == "-e .[app]"
+    assert 'app = ["starlette>=' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_it_is_this_machines_alone_by_default():
@@ -133,6 +136,16 @@ def test_a_port_that_is_taken():
             page_server.listen("127.0.0.1", port)
     with pytest.raises(UserError, match="--port 70000"):
         page_server.listen("127.0.0.1", 70000)
+
+
+@pytest.mark.parametrize(("count", "ended"), [(20, 0), (40, 40)])
+def test_of_many_who_are_slow_none_is_waited_for_long(work, count, ended):
+    """Else they would take all connections that there are, for as long as one of them may be slow."""
+    connections = [Mock(cycle=None) for _ in range(count)]
+    server = Namespace(should_exit=False, server_state=Namespace(connections=connections))
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(page_server._tend(server, work), 2.2))
+    assert sum(connection.transport.abort.called for connection in connections) == ended
 
 
 def test_examples_are_the_same_every_time(tmp_path):
@@ -378,6 +391,6 @@ def test_an_example_with_other_weights_and_with_damaged_ones(page):
 
 def test_sigterm_leaves_nothing(server):
     """The last one: it ends the server."""
-    server.separate((server.own / "example_1.jpg").read_bytes())
+    server.separate((server.own / "example_1_soft.jpg").read_bytes())
     assert server.stop() == (128 + signal.SIGTERM, "stopped by SIGTERM\n")
     assert not list(server.temporary.glob("sirr*"))

@@ -252,7 +252,7 @@ def test_the_page_has_nothing_inline_and_the_policy_allows_nothing(server):
     assert (
         b"<style" not in body and b"style=" not in body and b" on" not in body.replace(b" one", b"").split(b"<body>")[0]
     )
-    for name in ("page.css", "page.js", "icon.svg", "example_1.jpg"):
+    for name in ("page.css", "page.js", "icon.svg", "example_1_soft.jpg"):
         assert server.get(f"/{name}")[0] == 200
     script = server.get("/page.js")[2]
     assert b"innerHTML" not in script and b"http:" not in script and b"https:" not in script

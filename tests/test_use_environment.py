@@ -304,3 +304,31 @@ def test_the_help_of_the_tests_only_helps(option, project):
     (project.root / "tools/environment.sh").unlink()
     done = project.bash("tests/run.sh", option)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ./tests/run.sh")
+
+
+@pytest.mark.parametrize("effect", ["true", "exit 100"])
+def test_ci_gets_a_browser_or_goes_on_without(tmp_path, effect):
+    for name in (".ci/run", "tools/environment.sh"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    executable(tmp_path / "tests/run.sh", '#!/bin/sh\necho "tests: $*"\n')
+    for tool in ("bash", "sh", "dirname", "env"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    executable(tmp_path / "bin/id", "#!/bin/sh\necho 0\n")
+    executable(tmp_path / "bin/apt-get", f'#!/bin/sh\necho "$*" >>"{tmp_path}/log"\n{effect}\n')
+
+    def run() -> str:
+        done = subprocess.run(
+            [tmp_path / ".ci/run", "-k", "x"], env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stderr == ""
+        return done.stdout
+
+    assert run() == "Running ./tests/run.sh\ntests: -k x\n"
+    log = (tmp_path / "log").read_text()
+    assert "update" in log and ("chromium chromium-driver" in log) == (effect == "true")
+    for name in ("chromium", "chromedriver"):
+        executable(tmp_path / "bin" / name, "#!/bin/sh\n")
+    run()
+    assert (tmp_path / "log").read_text() == log  # asked for nothing more

@@ -5,8 +5,11 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_UNLOCKED = 60  # seconds after which a folder without a lock is not one that is just being made
 
 
 @contextlib.contextmanager
@@ -27,8 +30,11 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def delete_orphans(parent: Path, prefix: str) -> None:
     """Delete this user's folders of that prefix whose programs were killed (`kill -9`)."""
-    for lock in parent.glob(f"{prefix}*/.lock"):
+    for folder in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # in use, or gone
-            if lock.parent.lstat().st_uid == os.getuid():  # a lock of another user isn't even opened
-                with claimed(lock.parent):
-                    shutil.rmtree(lock.parent, ignore_errors=True)
+            about = folder.lstat()
+            if about.st_uid != os.getuid():  # a lock of another user isn't even opened
+                continue
+            if (folder / ".lock").exists() or time.time() - about.st_mtime > _UNLOCKED:
+                with claimed(folder):
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,7 @@ class Photograph {
     this.element = find("#photograph").content.firstElementChild.cloneNode(true);
     this.at("h2").textContent = file.name;
     this.at(".remove").onclick = () => this.remove();
-    this.say("waiting");
+    this.say("waiting", 0, 1);
     find("#photographs").append(this.element);
   }
 
@@ -35,7 +35,7 @@ class Photograph {
   say(text, done, of) {
     this.at(".status").textContent = text;
     const bar = this.at("progress");
-    if (of > 1) [bar.max, bar.value] = [of, done];
+    if (of) [bar.max, bar.value] = [of, done];
     else bar.removeAttribute("value");
   }
 
@@ -80,7 +80,7 @@ class Photograph {
     for (;;) {
       const result = await (await ask(`/result/${this.token}`, { signal: this.stop.signal })).json();
       if (result.state === "done" || result.state === "failed") return result;
-      if (result.state === "waiting") this.say(`waiting, ${result.ahead} before it`);
+      if (result.state === "waiting") this.say(`waiting, ${result.ahead} before it`, 0, 1);
       else if (result.tiles > 1) this.say(`tile ${result.tile + 1} of ${result.tiles}`, result.tile, result.tiles);
       else this.say("separating");
       await pause(0.5);
@@ -91,7 +91,7 @@ class Photograph {
     this.end(`${width} × ${height} pixels in ${seconds.toFixed(1)} s, with ${this.weights}`);
     const stage = this.at(".stage");
     stage.style.aspectRatio = `${width} / ${height}`;
-    stage.style.maxWidth = `calc(75vh * ${width / height})`;
+    stage.style.maxWidth = `min(75vh * ${width / height}, max(${2 * width}px, 16rem))`; // not blown up without measure
     for (const name of ["before", "transmission", "reflection"]) {
       this.at(`img.${name}`).src = `/result/${this.token}/${name}.jpg`;
     }
@@ -180,7 +180,7 @@ function count() {
   find("#all").hidden = list.filter(photograph => photograph.done).length < 2;
 }
 
-find("#limits").textContent = `; up to ${about.megabytes} megabytes and ${about.megapixels} megapixels each`;
+find("#limits").textContent = `up to ${about.megabytes} megabytes and ${about.megapixels} megapixels each`;
 find("#weights").append(...about.weights.map(name => new Option(name, name, false, name === about.chosen)));
 find("#choice").hidden = about.weights.length < 2;
 find("#examples").hidden = !about.examples.length;

@@ -267,7 +267,7 @@ async def _tend(server: uvicorn.Server, work: Work) -> None:
             if connection.cycle is None or connection.cycle.response_complete or connection.flow.write_paused
         }
         slow = {connection: slow.get(connection, now()) for connection in waits}
-        patience = SLOW if len(slow) < 4 * _CONNECTIONS else 1
+        patience = SLOW if len(slow) < _CONNECTIONS / 2 else 1  # so that there is room for others
         for connection, since in slow.items():
             if now() - since > patience:
                 connection.transport.abort()
