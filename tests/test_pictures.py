@@ -1,5 +1,6 @@
 """The separator as Python programs call it: every kind of picture, every way to name a network."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -171,3 +172,14 @@ def test_the_examples_of_the_page_in_docs(pixels, tmp_path, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", before, re.DOTALL):
         exec(block, names)
     assert read_image("transmission.png").shape == read_image(Path("reflection.png")).shape == pixels.shape
+
+
+def test_the_cells_of_the_notebook():
+    cells = json.loads((ROOT / "docs/notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert len(cells) == 10 and not any(cell.get("outputs") for cell in cells)
+    names: dict = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    mixture, clean, gentle = (names[name].astype(float) for name in ("pixels", "clean", "gentle"))
+    assert 0 < np.abs(gentle - mixture).mean() < np.abs(clean - mixture).mean()
