@@ -1,20 +1,31 @@
-"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser."""
+"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser.
 
+`python -m tests.page docs/app.png` makes the page's picture.
+"""
+
+import base64
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from PIL import Image
 
 from dereflect.tools.page.work import Sent, Work
 from tests.helpers import ROOT
 from tests.project import executable
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 # Makes this the module models.separator.
 STAND_IN = """
@@ -72,6 +83,16 @@ def until(happened: Callable, what: str | Callable[[], str], seconds: float = 60
     raise AssertionError(f"{what if isinstance(what, str) else what()} did not come")
 
 
+def address(process: subprocess.Popen) -> str:
+    """Of the page, once it can be opened."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("Open "):
+            return line.split()[1]
+    raise AssertionError("".join(lines))
+
+
 class Server:
     """The program, in a folder with some checkpoints; nobody has more patience than two seconds."""
 
@@ -92,14 +113,8 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
-        lines = []
-        for line in self.process.stderr:
-            lines.append(line)
-            if line.startswith("Open "):
-                self.url = line.split()[1]
-                self.port = int(self.url.rpartition(":")[2])
-                return
-        raise AssertionError("".join(lines))
+        self.url = address(self.process)
+        self.port = int(self.url.rpartition(":")[2])
 
     @property
     def own(self) -> Path:
@@ -201,3 +216,56 @@ class Page:
 
     def do(self, script: str, *arguments):
         return self.driver.execute_script(script, *arguments)
+
+
+@contextlib.contextmanager
+def browser(url: str, folder: Path) -> Iterator[Page]:
+    """The page in Chromium, which has its profile and its downloads in that folder."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1280,1300",
+        f"--user-data-dir={folder / 'profile'}",
+    ):
+        options.add_argument(argument)
+    downloads = folder / "downloads"
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield Page(driver, url, downloads)
+    finally:
+        driver.quit()
+
+
+def write_picture(path: Path) -> None:
+    """The page with its first example, separated by the bundled weights."""
+    command = [sys.executable, str(ROOT / "tools/app.py"), "--port", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+        try:
+            with browser(address(program), Path(folder)) as page:
+                page.open()
+                page.until(lambda: page.find("#examples button"), "the examples")[0].click()
+                page.separated()
+                page.until(
+                    lambda: page.do("return [...document.images].every(image => image.complete)"), "the pictures"
+                )
+                whole = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+        finally:
+            program.terminate()
+            program.wait()
+    picture = Image.open(io.BytesIO(base64.b64decode(whole["data"]))).convert("RGB")
+    picture.thumbnail((900, 2000))
+    picture.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    write_picture(Path(sys.argv[1]))

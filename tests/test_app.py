@@ -3,7 +3,6 @@
 import asyncio
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from dereflect.tools.page.work import BusyError, Work
 from dereflect.util.errors import UserError
 from dereflect.util.images import read_image, write_image
 from dereflect.util.photographs import Photograph, read_photograph, write_photograph
-from tests.page import STAND_IN, Page, Server, separated, until
+from tests.page import CHROMIUM, DRIVER, STAND_IN, Page, Server, browser, separated, until
 from tests.project import executable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,9 +287,27 @@ def test_places_are_few_and_what_is_deleted_in_work_leaves_nothing(photograph, t
     assert work.begin("some", 10).token not in {sent.token for sent in both}
 
 
-# In a browser.
+@pytest.mark.parametrize("last", ["reflection.jpg", "blended.png"])
+def test_what_is_deleted_while_its_files_are_written_leaves_nothing(work, photograph, tmp_path, monkeypatch, last):
+    """Neither with the last file of the separation nor with that of less strength."""
 
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    def write(path, *arguments):
+        write_photograph(path, *arguments)
+        if path.name == last:
+            work.forget(next(iter(work._sent.values())))
+            path.parent.mkdir()  # as it stays where a file comes between the emptying of a folder and its end
+            path.touch()
+
+    monkeypatch.setattr(page_work, "write_photograph", write)
+    sent = separated(work, photograph)
+    if last == "blended.png":
+        with pytest.raises(FileNotFoundError):
+            work.open_result(sent, "transmission.png", 0.5)
+    until(lambda: not work._working, "its end")
+    assert not list((tmp_path / "app").iterdir())
+
+
+# In a browser.
 
 
 @pytest.fixture(scope="module")
@@ -305,28 +322,11 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def page(server, tmp_path_factory) -> Iterator[Page]:
-    webdriver = pytest.importorskip("selenium.webdriver")
+    pytest.importorskip("selenium")
     if not (CHROMIUM and DRIVER):
         pytest.skip("needs chromium and chromedriver")
-    downloads = tmp_path_factory.mktemp("downloads")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--disable-background-networking",
-        "--window-size=1280,1300",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield Page(driver, server.url, downloads)
-    driver.quit()
+    with browser(server.url, tmp_path_factory.mktemp("browser")) as page:
+        yield page
 
 
 def test_photographs_are_separated_compared_and_downloaded(page, server, photograph, tmp_path):

@@ -176,11 +176,19 @@ class Work:
                 self._sent[sent.token] = self._sent.pop(sent.token, sent)  # the last whose turn comes to go
                 self._make_room(sent.bytes)
             blended = sent.folder / "blended.png"
-            with _told(sent):
-                _blend(read_photograph(sent.file), read_photograph(sent.folder / name), strength, blended)
-            with self._lock:
-                sent.bytes = _size(sent.folder)
+            try:
+                with _told(sent):
+                    _blend(read_photograph(sent.file), read_photograph(sent.folder / name), strength, blended)
+            finally:
+                self._written(sent)
             return blended.open("rb")
+
+    def _written(self, sent: Sent) -> None:
+        """See what a photograph's files take, now that there are more; if it was deleted meanwhile, these go, too."""
+        with self._lock:
+            if sent.dropped or sent.state == "failed":
+                shutil.rmtree(sent.folder, ignore_errors=True)
+            sent.bytes = _size(sent.folder)
 
     def _make_room(self, size: int) -> None:
         finished = [sent for sent in self._sent.values() if not sent.pending]
@@ -209,10 +217,9 @@ class Work:
                 traceback.print_exc()
                 about = {"error": "This program has failed; its log says where."}
             with self._lock:
-                self._working, sent.state, sent.about, sent.since = None, state, about, time.monotonic()
-                if state == "failed":
-                    shutil.rmtree(sent.folder, ignore_errors=True)
-                sent.bytes = _size(sent.folder)
+                sent.state, sent.about, sent.since = state, about, time.monotonic()
+                self._written(sent)
+                self._working = None
 
     def _separate(self, sent: Sent) -> dict:
         def watch(tiles: Iterable, total: int) -> Iterator:
