@@ -37,7 +37,8 @@ def test_pipes_and_devices_under_a_runs_names_are_not_read(tmp_path, capsys, nam
 @pytest.mark.parametrize(
     "line",
     ["base_dir: [1, 2]", "optimizer: 3", "precision: odd", "if_align: maybe", "nEpochs: {a: 1}", "inet: 3", "mix: 7",
-     "max_dataset_size: x", "eval_batch: -1", "vgg_weights: [x]", "seed: 1.5e99", "gpu_ids: x", "dataset: none"],
+     "max_dataset_size: x", "eval_batch: -1", "vgg_weights: [x]", "seed: 1.5e99", "gpu_ids: x", "dataset: none", "{}",
+     "a: &a [*a]", "inet: 2020-01-01"],
 )  # fmt: skip
 def test_odd_options_of_a_run_are_one_line(tmp_path, capsys, line):
     run = tmp_path / "run"

@@ -189,10 +189,11 @@ def _read_options(run: Run) -> None:
     except Exception as error:  # yaml's constructors raise whatever a damaged text happens to trigger
         run.problems.append(f"options.yaml: {' '.join(str(error).split()) or type(error).__name__}")
         return
-    if not isinstance(options, dict):
+    if isinstance(options, dict):
+        run.options = {str(key): value for key, value in options.items() if is_plain(value)}
+    if not run.options:
         run.problems.append("options.yaml: no lines of the form 'option: value'")
         return
-    run.options = {str(key): value for key, value in options.items() if is_plain(value)}
     if not run.starts and (head := _HEAD.match(text)):  # of an older version, which kept the latest start here
         run.starts = [dict(zip(("started", "torch", "machine"), head.groups(), strict=True))]
         run.starts[0]["comment"] = run.options.get("comment")
