@@ -11,7 +11,8 @@ usage: ./runner.sh GPU MODEL ["COMMENT"] [options of train_sirs.py]
   MODEL    a network of models/arch/__init__.py; also the name of the run: results go to checkpoints/MODEL
   COMMENT  what this run is, kept with its results; may be left out
 
-Trains the model by the published recipe; an option at the end changes it. The first start looks for a
+Trains the model by the recipe of docs/training.md; an option at the end changes it, --config published-w to what the
+published -W models ran. The first start looks for a
 Python with all of requirements.txt and otherwise installs that into .venv. PYTHON=/path/to/python3 names the
 Python to use. Wherever it is called from, it works in the project's folder, and relative paths start there.
 
