@@ -36,7 +36,9 @@ def main(path: str) -> None:
     sheet = np.full((len(chosen) * (HEIGHT + GAP) - GAP, 5 * (WIDTH + GAP) - GAP, 3), 255, np.uint8)
     for y, (_, _, images) in enumerate(chosen):
         for x, image in enumerate(images):
-            small = Image.fromarray((image * 255 + 0.5).astype(np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+            small = Image.fromarray((image * 255 + 0.5).astype(np.uint8)).resize(
+                (WIDTH, HEIGHT), Image.Resampling.LANCZOS
+            )
             sheet[y * (HEIGHT + GAP) :, x * (WIDTH + GAP) :][:HEIGHT, :WIDTH] = np.asarray(small)
     Image.fromarray(sheet).save(path, optimize=True)
 

@@ -313,7 +313,7 @@ def test_help_and_errors_are_quick():
     code += "for program in (infer, evaluate):\n"
     code += " for line in (['--help'], ['x', '--checkpoint', 'nowhere']):\n"
     code += "  try: program.main(line)\n  except SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'dereflect.models', 'dereflect.data') if m in sys.modules])"
     began = children_seconds()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert children_seconds() - began < 2

@@ -25,8 +25,8 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = "import sys, options\ntry: options.parse_train(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    code = "import sys\nfrom dereflect import options\ntry: options.parse_train(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'dereflect.models', 'dereflect.data') if m in sys.modules])"
     began = children_seconds()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert children_seconds() - began < 1

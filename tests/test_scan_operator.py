@@ -173,7 +173,7 @@ class TestChoice:
     def test_importing_is_light(self):
         """The scan imports no backend's package, and VGG19 no network."""
         code = (
-            "import sys, models.scan\n"
+            "import sys, dereflect.models.scan\n"
             "print([name for name in ('numba', 'triton', 'mamba_ssm') if name in sys.modules])\n"
             "import dereflect.models.vgg\n"
             "print('dereflect.models.arch' in sys.modules)"

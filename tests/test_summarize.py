@@ -264,12 +264,12 @@ def test_what_is_not_there_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("program", ["summarize", "report", "prepare_data", "model_info", "export"])
 def test_help_is_quick_and_imports_nothing_heavy(program):
     code = f"import sys\nfrom tools import {program}\ntry: {program}.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'dereflect.models', 'dereflect.data') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]") and "usage" in done.stdout
 
 
 def test_runs_are_read_without_torch():
     """The leaderboard starts in a tenth of a second."""
-    code = "import sys, util.run.reader, tools.summarize; assert 'torch' not in sys.modules"
+    code = "import sys, dereflect.util.run.reader, dereflect.tools.summarize; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
