@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import Loaders
-from data.loader import Loader
-from models.arch.blocks import Block
-from util.device import enough_memory, less_memory_for_a_step, less_memory_for_images, random_states, set_random_states
-from util.distributed import World
-from util.errors import UserError
-from util.evaluation import Separated, measure, measure_images, separate_batches, write_layers
-from util.optim import build_optimizer, learning_rate, load_optimizer
-from util.program import Interrupt, Interrupted
-from util.progress import Progress, track
-from util.published import AVERAGE
-from util.run import checkpoint, resume
-from util.run.folder import RunFolder
-from util.run.record import Record, TrainingMeans
-from util.stability import BlockNorms, Guard, Verdict
+from dereflect.data import Loaders
+from dereflect.data.loader import Loader
+from dereflect.models.arch.blocks import Block
+from dereflect.util.device import (
+    enough_memory,
+    less_memory_for_a_step,
+    less_memory_for_images,
+    random_states,
+    set_random_states,
+)
+from dereflect.util.distributed import World
+from dereflect.util.errors import UserError
+from dereflect.util.evaluation import Separated, measure, measure_images, separate_batches, write_layers
+from dereflect.util.optim import build_optimizer, learning_rate, load_optimizer
+from dereflect.util.program import Interrupt, Interrupted
+from dereflect.util.progress import Progress, track
+from dereflect.util.published import AVERAGE
+from dereflect.util.run import checkpoint, resume
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.run.record import Record, TrainingMeans
+from dereflect.util.stability import BlockNorms, Guard, Verdict
 
 _BATCH = ("mixture", "target_t", "target_r")
 
@@ -55,7 +61,7 @@ class Engine:
         self.optimizer = build_optimizer(self.network, options)
         self.samples_per_step = options.batchSize * options.accumulate * world.size
         self.identity = resume.identity(options, loaders.files, self.samples_per_step)
-        self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train else 0
+        self.steps_per_epoch = len(loaders.train) // options.accumulate if loaders.train is not None else 0
         self.epoch = 0  # epochs done, evaluation included
         self.step = 0  # steps of the optimiser done in the current epoch
         self.global_step = 0
@@ -63,6 +69,7 @@ class Engine:
         self.saved: int | None = None  # step of the newest checkpoint
         self.guard = Guard() if options.guard else None
         blocks = {name: part for name, part in self.network.named_modules() if isinstance(part, Block)}
+        self.untouched: dict[tuple[str, str], dict[str, float]] = {}  # metrics of the input, by set and image
         self.norms = BlockNorms(blocks) if options.log_norms else None
         if options.compile != "off":
             self.model.compile_step(graphs=options.compile == "graphs")
@@ -204,7 +211,7 @@ class Engine:
     def _stop_for(self, trouble: UserError | None) -> None:
         """Save the state and stop, if any process has trouble with its data."""
         if self.world.any(trouble is not None):
-            message = str(trouble or "another process cannot read its data")
+            message = str(trouble or "another process cannot go on (its own message says why)")
             if self.options.nEpochs:
                 self._save()
                 self.world.barrier()
@@ -248,10 +255,11 @@ class Engine:
         if (every := self.options.save_every) and self.epoch % every == 0 and self.world.is_main:
             self.folder.save_epoch(self.state(), self.epoch, self.options.keep)
         self._save()
+        self.record.epochs_done(self.epoch)
 
     def _evaluate_all(self, epoch: int) -> None:
         sets = ({"val": self.loaders.val} if self.loaders.val is not None else {}) | self.loaders.tests
-        self.record.start_evaluation(epoch, sets)
+        self.record.start_evaluation(epoch, self.global_step, sets)
         for name, loader in sets.items():
             began = time.perf_counter()
             rows, shown = self.evaluate(loader, name)
@@ -259,7 +267,7 @@ class Engine:
             self.record.evaluation(epoch, self.global_step, name, rows, time.perf_counter() - began)
             self.record.panel(self.global_step, name, shown)
         self.record.averages(epoch, self.global_step)
-        if self.world.is_main:
+        if self.world.is_main and sets:
             print(f"epoch {epoch}: {self.record.scores(epoch)}", flush=True)
 
     def _keep_best(self) -> None:
@@ -276,21 +284,17 @@ class Engine:
             Rows as of `util.evaluation.measure_images`, and the first --panels images.
 
         Raises:
-            UserError: an image can't be read, so that the means would not be those of the set; with the state saved.
+            UserError: an image can't be read, so that the means would not be those of the set, or there is no memory or
+                disk for one; with the state saved.
         """
         self.model.eval()
         network = self.ema.module if self.ema else None
-        troubles: list[UserError] = []
 
         def batches() -> Iterator[dict]:
-            # Processes have different numbers of images: only after the set can they agree to stop.
-            try:
-                for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
-                    yield batch
-                    if self.interrupt.signal is not None:
-                        return
-            except UserError as error:
-                troubles.append(error)
+            for batch in track(loader, f"evaluating {name}", len(loader), quiet=not self.world.is_main):
+                yield batch
+                if self.interrupt.signal is not None:
+                    return
 
         def predict(mixture: Tensor) -> tuple[Tensor, ...]:
             with enough_memory(lambda: less_memory_for_images(tuple(mixture.shape), name, self.device)):
@@ -299,13 +303,18 @@ class Engine:
         def measure_and_write(one: Separated) -> dict[str, dict[str, float]]:
             if self.options.save_images:
                 write_layers(one, self.folder.layers(name, one.name))
-            return measure(one)
+            return measure(one, self.untouched.get((name, one.name)))
 
-        images = separate_batches(batches(), predict)
-        shown = list(itertools.islice(images, self.options.panels))
-        rows = measure_images(itertools.chain(shown, images), self.device, measure_and_write)
+        rows, shown, trouble = [], [], None
+        try:  # processes have different numbers of images, or none: only after the set can they agree to stop
+            images = separate_batches(batches(), predict)
+            shown = list(itertools.islice(images, self.options.panels))
+            rows = measure_images(itertools.chain(shown, images), self.device, measure_and_write)
+            self.untouched |= {(name, row["name"]): row["input"] for row in rows}
+        except UserError as error:
+            trouble = error
         self._stop_if_asked()
-        self._stop_for(troubles[0] if troubles else None)
+        self._stop_for(trouble)
         return rows, shown
 
     # ---- state ------------------------------------------------------------------------------------------------

@@ -4,14 +4,15 @@ set -euo pipefail
 
 usage() {
     cat <<'HELP'
-usage: ./runner.sh GPU MODEL "COMMENT" [options of train_sirs.py]
+usage: ./runner.sh GPU MODEL ["COMMENT"] [options of train_sirs.py]
 
   GPU      index of the GPU as nvidia-smi shows it; a list such as 0,1 for several GPUs, one process each;
            cpu; or mps on a Mac
   MODEL    a network of models/arch/__init__.py; also the name of the run: results go to checkpoints/MODEL
-  COMMENT  what this run is, kept with its results
+  COMMENT  what this run is, kept with its results; may be left out
 
-Trains the model by the published recipe; an option after the comment changes it. The first start looks for a
+Trains the model by the recipe of docs/training.md; an option at the end changes it, --config published-w to what the
+published -W models ran. The first start looks for a
 Python with all of requirements.txt and otherwise installs that into .venv. PYTHON=/path/to/python3 names the
 Python to use. Wherever it is called from, it works in the project's folder, and relative paths start there.
 
@@ -22,7 +23,7 @@ examples:
   nohup ./runner.sh 1 mdsrnet_l "over night" > training.log 2>&1 &
   tensorboard --logdir checkpoints      (.venv/bin/tensorboard if the runner made .venv)
 
-  ./runner.sh cpu dsrnet_s "any" --help     all the options of train_sirs.py
+  ./runner.sh cpu dsrnet_s --help           all the options of train_sirs.py
 HELP
 }
 
@@ -53,13 +54,17 @@ done
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "$self")/tools/environment.sh"
 
-[ $# -ge 1 ] || fail 'GPU, MODEL and COMMENT are missing; for example: ./runner.sh 0 dsrnet_s "first try"; see --help'
-[ $# -ge 2 ] || fail "MODEL and COMMENT are missing; for example: ./runner.sh $1 dsrnet_s \"first try\"; see --help"
-gpu=$1 model=$2 comment=${3:-}
-case $comment in
-'' | --*) fail "COMMENT is missing; for example: ./runner.sh $gpu $model \"what this run is\"; see --help" ;;
+[ $# -ge 1 ] || fail 'GPU and MODEL are missing; for example: ./runner.sh 0 dsrnet_s "first try"; see --help'
+[ $# -ge 2 ] || fail "MODEL is missing; for example: ./runner.sh $1 dsrnet_s \"first try\"; see --help"
+gpu=$1 model=$2 comment=
+shift 2
+case ${1:-} in
+--*) ;;
+*)
+    comment=${1:-}
+    shift $(($# > 0))
+    ;;
 esac
-shift 3
 
 # CUDA_VISIBLE_DEVICES hides the other GPUs and numbers those that are left from 0: `ids` are these new numbers.
 processes=1
@@ -82,6 +87,7 @@ mps) visible='' ids=0 ;;
     ;;
 esac
 
+[ "$gpu" != cpu ] || CPU_ONLY=yes # read by use_environment
 use_environment requirements.txt || exit 1
 if [ ! . -ef "$ROOT" ]; then
     say "Working in $ROOT; relative paths start there"

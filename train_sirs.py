@@ -3,10 +3,11 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from options import PRETRAINED, parse_train
-from util.errors import UserError
-from util.program import Interrupted, run
+from dereflect.options import PRETRAINED, parse_train
+from dereflect.util.errors import UserError
+from dereflect.util.program import Interrupted, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +25,13 @@ def train(options) -> int:
         UserError: for what a user can put right.
     """
     # Only now, so that --help and a mistyped option answer at once.
-    import models
-    from data import build_loaders
-    from engine import Engine
-    from models.arch import list_models
-    from util.device import keep_freed_memory, set_deterministic, wants_bf16
-    from util.distributed import join
-    from util.run.folder import RunFolder, check_resumable
+    from dereflect import models
+    from dereflect.data import build_loaders
+    from dereflect.engine import Engine
+    from dereflect.models.arch import list_models
+    from dereflect.util.device import keep_freed_memory, set_deterministic, wants_bf16
+    from dereflect.util.distributed import join
+    from dereflect.util.run.folder import RunFolder, check_resumable
 
     if options.list_models:
         print("\n".join(list_models()))
@@ -40,7 +41,7 @@ def train(options) -> int:
     world = join(options.gpu_ids)
     log = print if world.is_main else lambda *_: None
     choose_backends(options, world)
-    check_resumable(options)
+    world.from_main(lambda: check_resumable(options))
     loaders = build_loaders(options, world, log)
     with RunFolder.open(options, world, log) as folder:
         options.name = folder.path.name
@@ -53,10 +54,12 @@ def train(options) -> int:
         count = sum(parameter.numel() for parameter in engine.network.parameters())
         processes = f", {world.size} processes" if world.size > 1 else ""
         log(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
-        if options.resume and folder.can_resume():
+        if options.resume and world.share(folder.can_resume()):
             for line in engine.resume():
                 log(line)
             log(f"resuming {folder.path} after {engine.epoch} epochs and {engine.step} steps")
+            if 0 < options.nEpochs <= engine.epoch:
+                log(f"it is finished: --nEpochs is {options.nEpochs}; a larger one trains on, another --name anew")
         world.from_main(folder.lock.confirm)
         world.from_main(lambda: folder.require_room(options, engine.network))
         return fit(engine, log)
@@ -68,13 +71,15 @@ def choose_backends(options, world) -> None:
     Raises:
         UserError: they can't be computed like that on this machine.
     """
-    from models import passes, scan
+    import torch
 
-    if reason := scan.why_refused(options.scan_backend, world.device.type):
-        raise UserError(f"--scan_backend {reason}" if options.scan_backend else reason)
+    from dereflect.models import check_backends, passes, scan
+    from dereflect.models.arch import create_model
+
+    with torch.device("meta"):  # the network without its weights
+        network = create_model(options.inet)
+    check_backends(network, world.device.type, options.scan_backend, options.passes_backend)
     scan.set_backend(options.scan_backend)
-    if options.passes_backend == "cpu" and (reason := passes.why_not()):
-        raise UserError(f"--passes_backend cpu: {reason}")
     passes.set_backend(options.passes_backend)
     logging.basicConfig(stream=sys.stdout, format="%(message)s")
     for name in ("scan", "passes"):
@@ -83,7 +88,7 @@ def choose_backends(options, world) -> None:
 
 def warn(options, model, log: Callable[[str], None]) -> None:
     """Log what makes the results worth less than they look."""
-    from models.vgg import Vgg19
+    from dereflect.models.vgg import Vgg19
 
     if options.vgg_weights == "random" and any(isinstance(part, Vgg19) for part in model.modules()):
         log("WARNING: VGG19 has random weights (--vgg_weights random). Good for trying things out, not for results:")
@@ -96,8 +101,8 @@ def warn(options, model, log: Callable[[str], None]) -> None:
 
 def fit(engine, log: Callable[[str], None]) -> int:
     """Train; returns the program's exit status."""
-    from engine import Diverged
-    from util.run.reader import read_metrics, table
+    from dereflect.engine import Diverged
+    from dereflect.util.run.reader import best, read_run, table
 
     path = engine.folder.path
     try:
@@ -114,10 +119,15 @@ def fit(engine, log: Callable[[str], None]) -> int:
         raise
     finally:
         engine.world.close()
-    log("\n" + table(read_metrics(path)) + "\n")
-    log("\n".join(engine.folder.describe()))
+    if engine.world.is_main:
+        run = read_run(path)
+        picked = [best(run)] if engine.options.nEpochs and best(run) else []
+        log("\n".join(["", table(run.lines), *picked, "", *engine.folder.describe()]))
     return 0
 
 
+program = partial(run, main)
+"""The command `dereflect-train` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

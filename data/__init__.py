@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from data.demo import build_demo
-from data.folders import Pair, Sets, discover
-from data.sampling import EpochSampler, substitutes
-from util.errors import UserError
+from dereflect.data.demo import build_demo
+from dereflect.data.folders import Pair, Sets, discover
+from dereflect.data.sampling import EpochSampler, substitutes
+from dereflect.util.errors import UserError
 
 if TYPE_CHECKING:  # modules that import torch, which programs that only look at files do without
     from argparse import Namespace
     from pathlib import Path
 
-    from data.loader import Loader
-    from util.distributed import World
+    from dereflect.data.loader import Loader
+    from dereflect.util.distributed import World
 
 _MOST_REPLACED = 0.01  # share of a process's samples of an epoch
 _ALWAYS_REPLACED = 10  # samples of an epoch, however short it is
@@ -54,13 +54,13 @@ def build_loaders(options: Namespace, world: World, log: Callable[[str], None]) 
     Raises:
         UserError: there is nothing to train on or to test, or files can't be used; in every process.
     """
-    from util.run import resume
+    from dereflect.util.run import resume
 
     if options.demo:
         log("No --base_dir given and no ./dataset/reflection-removal here: training on the embedded demo set,")
         log(f"in {options.base_dir}, with a shortened schedule. The README says how to get the real data.")
         world.from_main(lambda: build_demo(options.base_dir))
-    sets = discover(options)
+    sets = world.from_main(lambda: discover(options))  # one look at the files: all processes must have the same sets
     for line in sets.describe():
         log(line)
     files = {"photographs": sets.photographs, "held-out pairs": _files(sets.validation)}
@@ -92,7 +92,7 @@ def build_train_loader(options: Namespace, sets: Sets, rank: int = 0, world_size
     Raises:
         UserError: an epoch is smaller than one step of all processes.
     """
-    from data.loader import Loader
+    from dereflect.data.loader import Loader
 
     dataset = _module(options).TrainSet(options, sets)
     sampler = EpochSampler(len(dataset), options.batchSize, options.seed, rank, world_size)
@@ -131,7 +131,7 @@ def build_test_loaders(options: Namespace, sets: Sets, rank: int = 0, world_size
 
 def _in_batches(options: Namespace, sets: Sets, pairs: list[Pair]) -> Loader:
     """Images in the order of their names, but an image joins the first batch of its size that has room."""
-    from data.loader import Loader
+    from dereflect.data.loader import Loader
 
     batches: list[list[int]] = []
     filling: dict[tuple[int, int], list[int]] = {}
@@ -152,4 +152,4 @@ def _files(pairs: list[Pair]) -> list[Path]:
 
 def _module(options: Namespace):
     """The file of data/ that --dataset names."""
-    return importlib.import_module(f"data.{options.dataset}")
+    return importlib.import_module(f"dereflect.data.{options.dataset}")

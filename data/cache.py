@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from util.errors import UserError
-from util.images import read_rgb
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb
 
 _SHARED = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory; nothing is written there by name
 _COLUMNS = 4  # of an entry: where it starts, height, width, whether it is whole

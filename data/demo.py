@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
-from data.synthesis import Blend, synthesize
-from util.errors import UserError
-from util.images import read_rgb, write_image
+from dereflect.data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
+from dereflect.data.physical import DISPLAY_GAMMA, Exposure, Glass, shine
+from dereflect.data.synthesis import Blend, synthesize
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb, write_image
 
 # No photograph is in both lists. The grey ones add bright texture: the other training photographs are dark, and a
 # network trained on them alone darkens its results.
@@ -23,8 +24,7 @@ _PHOTOGRAPH_SIZE = (224, 224)  # width, height
 _PAIR_SIZE = (192, 160)
 _TEST_SIZE = (180, 150)  # not multiples of 16, so that padding is used
 _PHOTOGRAPHS, _PAIRS, _TESTS = 40, 10, 6  # images of each set
-_EXAMPLE_SIZE = (384, 288)
-_EXAMPLES = 3
+_EXAMPLE_SIZE = (576, 384)
 
 _README = f"""Demo data, made from the photographs that come with scikit-image. Version 1.
 
@@ -68,6 +68,8 @@ def build_demo(folder: Path) -> None:
 def write_examples(folder: Path) -> list[Path]:
     """Write some larger mixtures of photographs that the demo set doesn't train on; the same every time.
 
+    A soft reflection, of which much can be taken away; a bright and a sharp one, which mostly stay.
+
     Args:
         folder: an existing folder.
 
@@ -77,14 +79,19 @@ def write_examples(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder can't be written, or scikit-image lacks its photographs.
     """
-    rng = np.random.Generator(np.random.PCG64(_SEED))
-    photographs = _load(TEST_PHOTOGRAPHS)
-    paths = []
-    for i in range(_EXAMPLES):
-        t, r = (_crop(photographs[(i + other) % len(photographs)], _EXAMPLE_SIZE, rng) for other in (0, 1))
-        mixture, _, _ = synthesize(t, r, Blend.draw(rng))
-        paths.append(folder / f"example_{i + 1}.jpg")
-        write_image(paths[-1], mixture)
+    cat, cup = (np.asarray(image.resize(_EXAMPLE_SIZE), np.float32) / 255 for image in _load(TEST_PHOTOGRAPHS))
+    soft = Glass(
+        behind=Exposure(), mirrored=Exposure(), gamma=DISPLAY_GAMMA, lamps=0.0, darkening=1.0, sigma=5.0,
+        ghost=(3.0, 5.0), ghost_strength=0.0, ratio=0.4, veil=(0.0, 0.0, 0.0), mask=None, alpha=1.0,
+    )  # fmt: skip
+    examples = {
+        "example_1_soft": (cup, cat, soft),
+        "example_2_bright": (cat, cup, replace(soft, lamps=5.0, darkening=2.0, ghost_strength=0.3, ratio=0.5)),
+        "example_3_sharp": (cup, cat, replace(soft, sigma=1.0, ratio=0.8)),
+    }
+    paths = [folder / f"{name}.jpg" for name in examples]
+    for path, (t, r, glass) in zip(paths, examples.values(), strict=True):
+        write_image(path, shine(t, r, glass)[0])
     return paths
 
 

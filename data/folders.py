@@ -6,19 +6,20 @@ import unicodedata
 from argparse import Namespace
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from util.errors import UserError, printable
-from util.formats import UNREAD_SUFFIXES
-from util.images import SUFFIXES, check_image
-from util.published import TEST_SETS
+from dereflect.util.errors import UserError, printable
+from dereflect.util.formats import UNREAD_SUFFIXES
+from dereflect.util.images import SUFFIXES, check_image
+from dereflect.util.published import TEST_SETS
 
 PHOTOGRAPHS = Path("train/VOCdevkit/VOC2012/PNGImages")
 PAIR_SETS = {"real": Path("train/real"), "nature": Path("train/nature")}
+_MIX, _MIX_WITHOUT_NATURE = (0.6, 0.2, 0.2), (0.7, 0.3, 0.0)  # published
 SOURCES = ("synthetic", *PAIR_SETS)  # in the order of --mix
 MIXTURE, TRANSMISSION, REFLECTION = LAYERS = ("blended", "transmission_layer", "reflection_layer")
 
@@ -99,8 +100,8 @@ def discover(options: Namespace) -> Sets:
     training pairs, which are many, only the beginning and the end of each file are checked.
 
     Args:
-        options: base_dir, max_dataset_size, demo, skip_bad_images, if_align and nEpochs are used; mix and val_split,
-            too, if nEpochs is above 0 (otherwise the training sets are not even looked for).
+        options: base_dir, max_dataset_size, demo, skip_bad_images, if_align and nEpochs are used; mix, val_split
+            and best_by, too, if nEpochs is above 0 (otherwise the training sets are not even looked for).
 
     Returns:
         The sets that exist.
@@ -140,7 +141,7 @@ def discover(options: Namespace) -> Sets:
 
     photographs = [file for file in photographs if file not in unusable]
     pairs = {name: usable(found) for name, found in pairs.items()}
-    validation = usable(validation)
+    validation = _named_apart(usable(validation))
     tests = {name: kept for name, found in tests.items() if (kept := usable(found))}
     held = _count(photographs, pairs)
     if not (any(held.values()) if training else tests):
@@ -148,6 +149,12 @@ def discover(options: Namespace) -> Sets:
         raise UserError(f"--base_dir {base}: there isn't {wanted}. {_LAYOUT}")
     mix, missing = _mix(held, options) if training else ({}, [])
     missing += _missing_tests(tests, options.demo)
+    missing += [
+        f"a test set without images, left out: {folder}" for name, folder in test_folders.items() if name not in tests
+    ]
+    if training and not (validation if options.best_by == "val" else tests):
+        lacking = "no pair is held out" if options.best_by == "val" else "there is no test set"
+        missing.append(f"{lacking}, so no best epoch can be picked: no best.pt is written, last.pt stands for it")
     if unread:
         names = ", ".join(map(str, unread[:3])) + (", ..." if len(unread) > 3 else "")
         missing.append(f"WARNING: {len(unread)} pictures are of formats that are not read, and left out: {names}")
@@ -239,10 +246,10 @@ def find_test_sets(root: Path) -> dict[str, Path]:
     counts = Counter(folder.name for folder in found)
     named: dict[str, Path] = {}
     for folder in found:
-        name = folder.name if counts[folder.name] == 1 else "-".join(folder.relative_to(root).parts)
+        name = folder.name if counts[folder.name] == 1 else "-".join(folder.relative_to(root).parts) or folder.name
         if name == "val" or name.startswith("average") or name in named:
-            taken = named.get(name, "the held-out pairs and the averages, which a run records under such names")
-            raise UserError(f"{folder}: a test set can't be named {name!r}, the name of {taken}; rename the folder")
+            taken = named.get(name, "'val' are a run's held-out pairs, and 'average...' its averages")
+            raise UserError(f"{folder}: a test set can't be named {name!r} ({taken}); rename the folder")
         named[name] = folder
     return named
 
@@ -297,9 +304,14 @@ def check_name(base: Path, file: Path) -> None:
 
 
 def _mix(held: dict[str, int], options: Namespace) -> tuple[dict[str, float], list[str]]:
-    """The shares of --mix for the sources that exist, and a message about the others."""
+    """The shares of --mix for the sources that exist, and a message about the others.
+
+    The published mix is another one where nature is missing; any other mix is scaled to a sum of 1.
+    """
     wanted = dict(zip(SOURCES, options.mix, strict=True))
-    mix = {source: share for source, share in wanted.items() if share and held[source]}
+    alone = not held["nature"] and tuple(options.mix) == _MIX
+    shares = dict(zip(SOURCES, _MIX_WITHOUT_NATURE, strict=True)) if alone else wanted
+    mix = {source: share for source, share in shares.items() if share and held[source]}
     if not mix:
         there = ", ".join(source for source, count in held.items() if count)
         raise UserError(f"--mix {' '.join(map(str, options.mix))}: nothing for what is there ({there})")
@@ -329,6 +341,13 @@ def _held_out(pairs: list[Pair], share: float) -> set[Pair]:
     ordered = sorted(pairs, key=_position)
     count = sum(_position(pair) < share for pair in pairs)
     return set(ordered[: min(max(count, 1), len(pairs) - 1)])
+
+
+def _named_apart(pairs: list[Pair]) -> list[Pair]:
+    """The pairs, with the names of their sets in front if two of different sets share a name."""
+    if len({pair.name for pair in pairs}) == len(pairs):
+        return pairs
+    return [replace(pair, name=f"{pair.mixture.parents[1].name}-{pair.name}") for pair in pairs]
 
 
 def _position(pair: Pair) -> float:

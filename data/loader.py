@@ -7,8 +7,9 @@ import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
 import cv2
@@ -16,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from util.errors import UserError
+from dereflect.util.errors import UserError
+from dereflect.util.program import SIGNALS
 
 MOST_RESTARTS = 3
 """How often workers are restarted in one iteration over a loader: an epoch, or the evaluation of a set."""
@@ -69,6 +71,10 @@ class Loader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
+    def __bool__(self) -> bool:
+        """True, even if this process has no batch of the set: it takes part in what all processes do with it."""
+        return True
+
     def __iter__(self) -> Iterator[dict]:
         """Yield the batches.
 
@@ -105,7 +111,8 @@ class Loader:
         if self._loader is None:
             self._loader = self._build()
         before = set(multiprocessing.active_children())
-        source = iter(self._loader)
+        with _signals_blocked():
+            source = iter(self._loader)
         self.workers = self.workers or list(set(multiprocessing.active_children()) - before)
         return source
 
@@ -231,26 +238,52 @@ def _context(options: Namespace):
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"data.{options.dataset}"])
-    # Workers ignore from their first moment what the fork server ignores when it starts. Ctrl-C is handled by this
-    # process; otherwise it would end a worker that has just started.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"dereflect.data.{options.dataset}"])
+    with _signals_blocked():
         forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)
     return context
 
 
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """In this block, let processes start that the signals which end a program don't reach, from their first moment on.
+
+    Ctrl-C, Slurm, systemd and `timeout` send their signal to all processes. Only this process handles it; it still
+    needs the others, and ends them. A process inherits the signals that are blocked when it is started, so the fork
+    server and the resource tracker do, and the workers from the fork server.
+    """
+
+    def block() -> set[signal.Signals]:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    before = block()
+    try:
+        resource_tracker.ensure_running()  # which, if it starts, unblocks two of them
+        block()
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
-    """Limit a worker to one thread; leave Ctrl-C to the main process; end the worker when the main process ends."""
+    """Limit a worker to one thread; end it when the main process ends it or ends itself, and by no other signal."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for wait in (_end_with_parent, _end_when_told):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     # PyTorch's own check compares the parent's process id. That is the fork server's, which stays alive.
     multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _end_when_told() -> None:
+    """End the worker when the main process sends it SIGTERM, as `terminate` does; it is blocked, so others can't."""
+    if not hasattr(signal, "sigwaitinfo"):  # on macOS, where the sender is unknown
+        signal.sigwait({signal.SIGTERM})
+        os._exit(1)
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
     os._exit(1)

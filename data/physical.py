@@ -12,7 +12,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from data.synthesis import Blend
+from dereflect.data.synthesis import Blend
 
 DISPLAY_GAMMA = 2.2
 SUM_SHARE = 0.35

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data import physical
-from data.cache import ImageCache
-from data.folders import Pair, Sets
-from data.sampling import Purpose, generator, partners
-from data.synthesis import Blend, synthesize
-from data.transforms import Augmentation, augment
-from util.errors import UserError
-from util.images import read_image, read_rgb
+from dereflect.data import physical
+from dereflect.data.cache import ImageCache
+from dereflect.data.folders import Pair, Sets
+from dereflect.data.sampling import Purpose, generator, partners
+from dereflect.data.synthesis import Blend, synthesize
+from dereflect.data.transforms import Augmentation, augment
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_image, read_rgb
 
 _ALIGNMENT = 32  # the published protocol evaluates images whose sides are multiples of this
 

@@ -50,7 +50,9 @@ def augment(image: Image.Image, augmentation: Augmentation) -> np.ndarray:
     """Scale (bicubic), crop, flip, turn.
 
     The published code crops last. A flip or turn maps the possible places of the crop onto each other, one to one. So
-    cropping first gives the same distribution, and only the pixels of the crop have to be computed.
+    cropping first gives the same distribution for square photographs, and only the pixels of the crop have to be
+    computed. Others the published code turns without making room for the longer side, and crops beyond the edge: 12 to
+    21 % of its samples of them have black corners. Here none has.
 
     Args:
         image: RGB, of any size. Images of one size get the very same treatment, others the same relative one. Of an

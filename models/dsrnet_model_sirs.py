@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch import create_model
-from models.features import build_features
-from models.weights import load_weights
-from options.arguments import STRIDE
-from util.errors import UserError
+from dereflect.models.arch import create_model
+from dereflect.models.features import build_features
+from dereflect.models.weights import load_weights
+from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError
 
 
 class DSRNetModel(nn.Module):
@@ -101,7 +101,7 @@ def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:
     features = build_features(network.features, options.vgg_weights)
     kind = options.perceptual if options.lambda_vgg and options.perceptual != "none" else None
     perceptual = features if kind == network.features else build_features(kind, options.vgg_weights)
-    losses = importlib.import_module(f"models.{options.loss}")
+    losses = importlib.import_module(f"dereflect.models.{options.loss}")
     weights = (options.lambda_vgg, options.lambda_rec, options.lambda_excl, options.lambda_mse, options.lambda_l1)
     loss = losses.ReflectionLoss(perceptual if kind else None, *weights, options.perceptual)
     return DSRNetModel(network, features, loss, bf16)

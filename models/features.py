@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import nn
 
-from models.mobilenet import MOBILENET_CHANNELS, MobileNetV2
-from models.vgg import VGG_CHANNELS, Vgg19
+from dereflect.models.mobilenet import MOBILENET_CHANNELS, MobileNetV2
+from dereflect.models.vgg import VGG_CHANNELS, Vgg19
 
 Kind = Literal["vgg19", "mobilenet"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.features import CHANNELS, Kind
+from dereflect.models.features import CHANNELS, Kind
 
 VGG_TERM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

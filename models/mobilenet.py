@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from util.run import checkpoint
+from dereflect.util.run import checkpoint
 
 WEIGHTS = Path(__file__).parent / "pretrained" / "mobilenet_v2.safetensors"
 

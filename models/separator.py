@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import tiles
-from models.arch import create_model, list_models
-from models.arch.mamba import Mamba
-from models.dsrnet_model_sirs import DSRNetModel
-from models.features import build_features
-from models.scan import why_refused
-from models.weights import architecture_of, load_weights
-from options.arguments import STRIDE
-from util.device import available_memory, enough_memory, wants_bf16
-from util.distributed import join
-from util.errors import UserError
-from util.run.checkpoint import load
+from dereflect.models import check_backends, hub, pictures, tiles
+from dereflect.models.arch import create_model, list_models
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.features import build_features
+from dereflect.models.pictures import Picture
+from dereflect.models.weights import architecture_of, load_weights
+from dereflect.options import PRETRAINED
+from dereflect.options.arguments import STRIDE, is_file
+from dereflect.util.device import available_memory, enough_memory, wants_bf16
+from dereflect.util.distributed import join
+from dereflect.util.errors import UserError
+from dereflect.util.run.checkpoint import FORMAT, load
 
 PARTS = ("transmission", "reflection", "residue")
 
@@ -90,6 +90,42 @@ class Separator:
                 "the tile at least twice the overlap"
             )
 
+    @classmethod
+    def from_pretrained(cls, repository: str, **settings) -> "Separator":
+        """The separator of a Hugging Face repository; settings as of `load_separator`.
+
+        Raises:
+            UserError: huggingface_hub isn't installed, or the repository has no weights.
+        """
+        return load_separator(hub.download(repository), **settings)
+
+    def push_to_hub(self, repository: str, private: bool = False) -> str:
+        """Upload the network's weights to a Hugging Face repository, which is made if there is none.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: huggingface_hub isn't installed, or the upload fails.
+        """
+        about = {"format": FORMAT, "inet": self.inet} | ({} if self.epoch is None else {"epoch": self.epoch})
+        return hub.upload(repository, self.model.network.state_dict(), about, private)
+
+    def __call__(self, image: Picture) -> Picture:
+        """The transmission of an image, of the image's own kind, clipped to what that kind holds.
+
+        Args:
+            image: a file (str or Path), which gives a PIL image; a PIL image, which gives one with its alpha channel;
+                numpy (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or floating point in 0..1; torch
+                (3, H, W) or (B, 3, H, W), uint8 or floating point in 0..1, on any device. Grey becomes RGB, alpha is
+                kept as it is.
+
+        Raises:
+            ValueError, TypeError: the image is no such thing, such as one of floating point in 0..255.
+            UserError: the file can't be read, or the memory is not enough.
+        """
+        return pictures.apply(lambda pixels: self.separate(pixels).transmission, image)
+
     def separate(self, image: np.ndarray) -> Separation:
         """Separate an image.
 
@@ -156,7 +192,7 @@ class Separator:
 
 
 def load_separator(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     inet: str | None = None,
     vgg_weights: str | None = None,
     precision: str | None = None,
@@ -169,7 +205,8 @@ def load_separator(
     """Load a checkpoint, published or our own, for use; of our own the moving average, if there is one.
 
     Args:
-        checkpoint: the file.
+        checkpoint: None for the bundled network, the name of a bundled one ("madsrnet_xs"), a file, or a Hugging Face
+            id ("someone/some-network", see `models.hub`). A file of that name goes first.
         inet: the network; None takes the name in the checkpoint or, if there is none, the network with the same
             parameters.
         vgg_weights: as of `models.vgg.Vgg19`; None takes those of the training, "imagenet" if they are not recorded.
@@ -179,8 +216,10 @@ def load_separator(
         tile, overlap, self_ensemble, strength: as of `Separator`.
 
     Raises:
-        UserError: the checkpoint can't be read or doesn't fit, VGG19's weights are missing, or there is no such GPU.
+        UserError: there is no such checkpoint, it can't be read or doesn't fit, VGG19's weights are missing, or there
+            is no such GPU.
     """
+    checkpoint = _find(checkpoint)
     content = load(checkpoint)
     name = inet or architecture_of(content, str(checkpoint))
     if name not in list_models():
@@ -193,15 +232,14 @@ def load_separator(
         vgg_weights = vgg_weights or _trained_with(recorded.get("vgg_weights", "imagenet"), checkpoint)
     features = build_features(network.features, vgg_weights)
     device = join(gpu_ids).device
-    if any(isinstance(part, Mamba) for part in network.modules()) and (reason := why_refused(None, device.type)):
-        raise UserError(reason)
+    check_backends(network, device.type)
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
     model = DSRNetModel(network, features, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")
     return Separator(model, tile, overlap, self_ensemble, strength, name, epoch if isinstance(epoch, int) else None)
 
 
-def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> Separation:
+def remove_reflection(image: np.ndarray, checkpoint: str | Path | None = None, **settings) -> Separation:
     """Separate one image; for several images, call `load_separator` once and use its result.
 
     Args:
@@ -209,6 +247,25 @@ def remove_reflection(image: np.ndarray, checkpoint: str | Path, **settings) -> 
         checkpoint, settings: as of `load_separator`.
     """
     return load_separator(checkpoint, **settings).separate(image)
+
+
+def _find(checkpoint: str | Path | None) -> Path:
+    """The file that `load_separator` is to load.
+
+    Raises:
+        UserError: there is none.
+    """
+    if checkpoint is None:
+        return PRETRAINED
+    if is_file(checkpoint):
+        return Path(checkpoint)
+    name = str(checkpoint)
+    bundled = {path.stem: path for path in PRETRAINED.parent.glob("*.safetensors") if path.stem in list_models()}
+    if name in bundled:
+        return bundled[name]
+    if hub.is_id(name):
+        return hub.download(name)
+    raise UserError(f"{name}: there is no such file, and no bundled network of that name but {', '.join(bundled)}")
 
 
 def default_tile(model: DSRNetModel, device: torch.device) -> int:

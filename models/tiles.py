@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from options.arguments import STRIDE
+from dereflect.options.arguments import STRIDE
 
 _FADING = 0.75  # share of the overlap, in its middle, in which one tile fades into the next
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG19_Weights
-from torchvision.models.vgg import cfgs, make_layers
 
-from util.errors import UserError
-from util.run import checkpoint
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 
 # The five maps follow these numbers of layers of torchvision's vgg19().features: ReLU 1_1, 2_1, 3_1, 4_1, 5_1.
 CUTS = (2, 7, 12, 21, 30)
+
+_BLOCKS = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 1))
+"""Channels and number of the convolutions between two poolings (configuration E of the paper, up to conv5_1)."""
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 
@@ -30,7 +31,7 @@ class Vgg19(nn.Module):
 
     def __init__(self, weights: str | Path = "imagenet"):
         super().__init__()
-        layers = make_layers(cfgs["E"])[: CUTS[-1]]
+        layers = _layers()
         if weights == "random":
             _randomise(layers)
         else:
@@ -55,6 +56,17 @@ class Vgg19(nn.Module):
             image = part(image)
             maps.append(image)
         return maps
+
+
+def _layers() -> nn.Sequential:
+    """The first 30 of torchvision's vgg19().features; torchvision itself takes a second to import."""
+    layers, channels = [], 3
+    for number, (out, count) in enumerate(_BLOCKS):
+        layers += [nn.MaxPool2d(2)] if number else []
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = out
+    return nn.Sequential(*layers)
 
 
 def _randomise(layers: nn.Sequential) -> None:
@@ -82,6 +94,8 @@ def _load(layers: nn.Sequential, weights: str | Path) -> None:
 
 
 def _imagenet() -> dict[str, Tensor]:
+    from torchvision.models import VGG19_Weights  # imports half of torch
+
     weights = VGG19_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True)

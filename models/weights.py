@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.arch import create_model, list_models
-from util.errors import UserError
-from util.run import checkpoint
+from dereflect.models.arch import create_model, list_models
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 
 # Under which a checkpoint holds a state dict; BasicSR's are params_ema and params.
 _KEYS = ("ema", "network", "weight", "state_dict", "model", "icnn", "params_ema", "params")

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from options import arguments
-from options.arguments import train_parser
-from options.config import DEMO_RECIPE, PRETRAINED, PRETRAINED_RECIPE, as_text, read_config
-from options.parser import Parser
+from dereflect.options import arguments
+from dereflect.options.arguments import train_parser
+from dereflect.options.config import PRETRAINED, as_text, demo_defaults, read_config
+from dereflect.options.parser import Parser
 
-__all__ = ["DEMO_DATA", "DEMO_RECIPE", "PRETRAINED", "PUBLISHED_DATA", "as_text", "parse_evaluate", "parse_infer",
-           "parse_train", "separator_settings", "train_parser"]  # fmt: skip
+__all__ = ["DEMO_DATA", "PRETRAINED", "PUBLISHED_DATA", "as_text", "parse_evaluate", "parse_infer", "parse_train",
+           "separator_settings", "train_parser"]  # fmt: skip
 
 PUBLISHED_DATA = Path("dataset/reflection-removal")
 DEMO_DATA = Path("dataset/demo")
@@ -40,7 +40,7 @@ def parse_train(argv: Sequence[str] | None = None) -> argparse.Namespace:
     early, _ = parser.parse_known_args(argv)
     demo = early.base_dir is None and (like_a_demo or not PUBLISHED_DATA.is_dir())
     pretrained = demo and early.inet == PRETRAINED.stem and early.weight_path is None
-    parser.set_defaults(**((DEMO_RECIPE if demo else {}) | (PRETRAINED_RECIPE if pretrained else {}) | config))
+    parser.set_defaults(**((demo_defaults(pretrained) if demo else {}) | config))
     options = parser.parse_args(argv)
     options.demo = demo
     if options.weight_path == Path("none"):

@@ -9,7 +9,8 @@ import os
 import stat
 from pathlib import Path
 
-from options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
+from dereflect.options import presets
+from dereflect.options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role, option
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16
@@ -167,8 +168,9 @@ def add_run(parser: Parser) -> None:
                 "are only evaluated; 'none' starts from scratch where the demo would start from the "
                 "bundled weights")  # fmt: skip
     option(group, WHAT, "--seed", type=natural_int, default=2018, help="seed of every random draw")
-    option(group, START, "--config", type=Path, metavar="FILE.yaml",
-           help="defaults for any option here; the command line wins")  # fmt: skip
+    option(group, START, "--config", type=Path, metavar="NAME|FILE.yaml",
+           help="defaults for any option here, from a file or a recipe of options/presets/ "
+                f"({', '.join(presets.names())}); the command line wins")  # fmt: skip
 
 
 def add_device(parser: Parser, trained: bool = False) -> None:
@@ -346,6 +348,8 @@ def add_records(parser: Parser) -> None:
            help="write the last checkpoint every N steps within an epoch, too; 0: only at its end")  # fmt: skip
     option(group, HOW, "--log_every", type=positive_int, default=20, metavar="STEPS",
            help="steps between two points of TensorBoard and two lines of a log")  # fmt: skip
+    option(group, HOW, "--tracker", choices=("trackio", "wandb"),
+           help="also send options and figures to this tracker, a package that must be installed")  # fmt: skip
     option(group, HOW, "--log_norms", action="store_true",
            help="add every block's activations and gradients to the curves, to find where a training begins to "
                 "diverge")  # fmt: skip

@@ -1,49 +1,20 @@
-"""Options as YAML, in and out, and the recipes of the demo."""
+"""Options as YAML, in and out, and the recipes of options/presets/."""
 
 import argparse
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-from options import arguments
-from options.parser import START, Parser, Role, nearest
+from dereflect.options import arguments, presets
+from dereflect.options.parser import START, Parser, Role, nearest
 
 PRETRAINED = arguments.ROOT / "models/pretrained/madsrnet_xs.safetensors"
 """The bundled weights, which programs use where no others are named."""
 
-# What the demo changes where neither the command line nor --config says otherwise: a run of about three
-# minutes on two CPU cores, that works without a download.
-DEMO_RECIPE = {
-    "nEpochs": 4,
-    "epoch_size": 80,
-    "batchSize": 2,
-    "crop_size": 64,
-    "lr": 1e-3,
-    "scheduler": "cosine",
-    "vgg_weights": "random",
-    "precision": "auto",
-    "grad_clip": 1.0,
-    "ema": 0.95,
-    "val_split": 0.2,
-}
-
-# What the demo changes in addition where it starts from the bundled weights: the losses that they were trained with
-# (the perceptual loss means little with a random VGG19) and a low rate, for the demo set's own kind of reflections.
-PRETRAINED_RECIPE = {
-    "weight_path": PRETRAINED,
-    "epoch_size": 160,
-    "batchSize": 8,
-    "crop_size": 96,
-    "lr": 2e-4,
-    "lambda_vgg": 0.0,
-    "lambda_excl": 0.0,
-    "lambda_mse": 3.0,
-    "lambda_l1": 0.6,
-    "reflection": "difference",
-}
-
 RECORDED = tuple(role for role in Role if role is not START)
 """The roles of the options that describe a run, however it was started."""
 
+_SCRATCH = Path("none")  # the --weight_path of a training that starts from no weights
 _OLD_RECORD = "list_models"  # an entry that only an options.yaml written by an older version has
 
 
@@ -60,20 +31,34 @@ def as_text(options: argparse.Namespace, chosen: Iterable[Role] = Role) -> dict[
 
 
 def read_config(parser: Parser, path: Path) -> dict[str, object]:
-    """The values of a YAML file, checked as if they were typed; `demo` is among them if it is in the file.
+    """The values of a YAML file, checked as if they were typed, and whether it is one for the demo set, as `demo`.
 
-    The options.yaml of a run is such a file. Those of older versions say how the run was started, too; that is left
-    out, so that the file starts a new run like that one.
+    A plain name, such as iccv, is a file of options/presets/, whose paths start in the project's folder. The
+    options.yaml of a run is such a file, too. Those of older versions say how the run was started; that is left out, so
+    that the file starts a new run like that one.
     """
-    values = _load(parser, path)
+    preset = presets.find(path)
+    if not (preset or path.suffix or arguments.is_file(path)):
+        parser.error(f"--config {path}: there is no such file{nearest(str(path), presets.names())}")
+    values = _load(parser, preset or path, f"--config {path}")
     if _OLD_RECORD in values:
         role = arguments.roles()
         values = {key: value for key, value in values.items() if role.get(key) is not START}
     demo = values.pop("demo", None)
     if values.get("weight_path", ...) is None:
-        values["weight_path"] = "none"  # from scratch, where the demo would start from the bundled weights
+        values["weight_path"] = str(_SCRATCH)  # from scratch, where the demo would start from the bundled weights
     values = {key: value for key, value in values.items() if value is not None}
-    return parsed(parser, values, f"--config {path}") | {"demo": demo is True}
+    found = parsed(parser, values, f"--config {path}")
+    if preset and found.get("weight_path", _SCRATCH) != _SCRATCH:
+        found["weight_path"] = arguments.ROOT / found["weight_path"]
+    return found | {"demo": demo is True}
+
+
+@functools.cache
+def demo_defaults(pretrained: bool = False) -> dict[str, object]:
+    """What stands in for the defaults of training options in a demo, from scratch or from the bundled weights."""
+    values = read_config(arguments.train_parser(), Path("demo-bundled" if pretrained else "demo"))
+    return {key: None if value == _SCRATCH else value for key, value in values.items() if key != "demo"}
 
 
 def parsed(parser: Parser, values: dict[str, object], where: str) -> dict[str, object]:
@@ -88,15 +73,15 @@ def parsed(parser: Parser, values: dict[str, object], where: str) -> dict[str, o
     return {key: found[key] for key in values}
 
 
-def _load(parser: Parser, path: Path) -> dict[str, object]:
+def _load(parser: Parser, path: Path, where: str) -> dict[str, object]:
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except Exception as error:  # yaml's constructors raise whatever a hostile text happens to trigger
-        parser.error(f"--config {path}: {error or type(error).__name__}")
+        parser.error(f"{where}: {error or type(error).__name__}")
     if not isinstance(values, dict):
-        parser.error(f"--config {path}: expected lines of the form 'option: value'")
+        parser.error(f"{where}: expected lines of the form 'option: value'")
     return values
 
 

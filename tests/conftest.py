@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.demo import build_demo
+from dereflect.data.demo import build_demo
+from dereflect.util.images import read_image, write_image
+from dereflect.util.stability import Guard
 from tests.helpers import PHOTOGRAPHS, write_noise, write_pairs
 from tests.project import Project
-from util.images import read_image, write_image
-from util.stability import Guard
 
 
 def pytest_collection_modifyitems(items):

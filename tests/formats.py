@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from util.formats.png import SIGNATURE, chunk
+from dereflect.util.formats.png import SIGNATURE, chunk
 
 WIDTH, HEIGHT = 64, 48
 _y, _x = np.mgrid[:HEIGHT, :WIDTH]
@@ -117,6 +117,11 @@ def _tiffs() -> dict[str, Case]:
         if not planar:
             add("grey", rgb[..., 1], "minisblack", grey())
             add("white is zero", most - rgb[..., 1], "miniswhite", grey())
+    stored = np.asarray(Image.fromarray(whole(RAMP, 255)).convert("LAB"))
+    colours = np.asarray(Image.fromarray(stored, "LAB").convert("RGB")) / 255
+    for planar in (False, True):
+        make = lambda planar=planar: tiff(stored, "cielab", planar)  # noqa: E731
+        cases["TIFF Lab" + ", planar" * planar] = (make, colours, 0)
     cases["TIFF lzma"] = (lambda: tiff(whole(RAMP, 65535), "rgb", compression="lzma"), RAMP, 0.501 / 65535)
     for bits, order in product((1, 2, 4, 6, 8, 10, 12, 14, 16), "<>"):
         if bits == 16 and order == ">":
@@ -171,6 +176,18 @@ def _netpbms() -> dict[str, Case]:
         cases[f"PAM RGB up to {most}"] = (lambda a=(rgb, most, "RGB"): pam(*a), seen, step)
         four = np.dstack([rgb, alpha])
         cases[f"PAM RGBA up to {most}"] = (lambda a=(four, most, "RGB_ALPHA"): pam(*a), seen, step)
+    rgb, size = whole(RAMP, 255), b"%d %d" % (WIDTH, HEIGHT)
+    heads = {
+        "CRLF": b"P6\r\n%b\r\n255\r\n",
+        "a comment behind": b"P6 %b 255 # by x\n",
+        "a line behind": b"P6\n%b\n255\n# by x\n",
+        "one line": b"P6 %b 255 ",
+    }
+    for name, head in heads.items():
+        cases[f"P6 with {name}"] = (lambda head=head: head % size + rgb.tobytes(), RAMP, 0.002)
+    head = pam(rgb, 255, "RGB")[: -rgb.size]
+    cases["PAM with a comment"] = (lambda: head.replace(b"P7\n", b"P7\n#ENDHDR\n") + rgb.tobytes(), RAMP, 0.002)
+    cases["PAM with CRLF"] = (lambda: head.replace(b"\n", b"\r\n") + rgb.tobytes(), RAMP, 0.002)
     dark = (RAMP[..., 1] < 0.5).astype(np.int64)
     for magic in ("P1", "P4"):
         cases[magic] = (lambda a=(magic, dark, 1): netpbm(*a), np.repeat(1.0 - dark[..., None], 3, 2), 0)
@@ -182,6 +199,8 @@ def _by_pil() -> dict[str, Case]:
     palette, bits = image.quantize(16), image.getchannel("G").convert("1")
     coloured, black = (np.asarray(i.convert("RGB")) / 255 for i in (palette, bits))
     other = Image.fromarray(255 - whole(RAMP, 255))
+    flat = image.copy()
+    flat.paste((128, 128, 128), (0, HEIGHT // 2, WIDTH, HEIGHT))
     makes = {
         **{f"{form} palette": (palette, form, {}, coloured, 0) for form in ("PNG", "GIF", "TIFF", "BMP")},
         "PNG palette with transparency": (palette, "PNG", {"transparency": bytes([0, 50, 255])}, coloured, 0),
@@ -190,9 +209,9 @@ def _by_pil() -> dict[str, Case]:
         **{f"TIFF {how}": (image, "TIFF", {"compression": how}, RAMP, 0.002) for how in ("tiff_lzw", "packbits")},
         "TIFF jpeg": (image, "TIFF", {"compression": "jpeg", "quality": 98}, RAMP, 0.05),
         "TIFF YCbCr": (image.convert("YCbCr"), "TIFF", {}, RAMP, 0.02),
-        "TIFF Lab": (image.convert("LAB"), "TIFF", {}, np.asarray(image.convert("LAB").convert("RGB")) / 255, 0),
         "JPEG": (image, "JPEG", {"quality": 98, "subsampling": 0}, RAMP, 0.03),
         "JPEG progressive": (image, "JPEG", {"quality": 98, "subsampling": 0, "progressive": True}, RAMP, 0.03),
+        "JPEG that ends in grey": (flat, "JPEG", {"quality": 98, "subsampling": 0}, np.asarray(flat) / 255, 0.03),
         "JPEG grey": (image.getchannel("G"), "JPEG", {"quality": 98}, grey(), 0.03),
         "JPEG CMYK": (image.convert("CMYK"), "JPEG", {"quality": 98}, RAMP, 0.03),
         "MPO": (image, "MPO", {"save_all": True, "append_images": [other], "quality": 98}, RAMP, 0.05),

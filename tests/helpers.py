@@ -18,14 +18,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import build_train_loader, discover
-from models.losses import ReflectionLoss
-from options import parse_train
+from dereflect.data import build_train_loader, discover
+from dereflect.models.losses import ReflectionLoss
+from dereflect.options import parse_train
+from dereflect.tools import report
+from dereflect.train_sirs import train
+from dereflect.util import program
+from dereflect.util.run import checkpoint
 from tests.golden.fill import fill
-from tools import report
-from train_sirs import train
-from util import program
-from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"

@@ -1,77 +1,188 @@
-"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser."""
+"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser.
 
+`python -m tests.page docs/app.png` makes the page's picture.
+"""
+
+import base64
+import contextlib
+import io
+import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from PIL import Image
+
+from dereflect.tools.page.work import Sent, Work
 from tests.helpers import ROOT
 from tests.project import executable
+
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 
 # Makes this the module models.separator.
 STAND_IN = """
 import sys, types
 import numpy as np
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 class Mirror:
     def bands(self, image, wanted, watch):
         array = image / np.float32(np.iinfo(image.dtype).max)
         parts = {"transmission": array[:, ::-1], "reflection": array - 0.5}
-        yield 0, [parts[name] for name in wanted]
+        for _ in watch([0], 1):
+            yield 0, [parts[name] for name in wanted]
 
 def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gpu_ids=None, tile=None, overlap=None,
                    self_ensemble=False, strength=1.0):
-    loaded.append((checkpoint.parent.name, precision, tile))
+    loaded.append((checkpoint.parent.name, precision, tile, inet, strength))
     if "damaged" in str(checkpoint):
         raise UserError("damaged/best.pt: not a checkpoint")
     return Mirror()
 
 loaded = []
-sys.modules["models.separator"] = separator = types.ModuleType("models.separator")
-separator.load_separator, separator.loaded = load_separator, loaded
+sys.modules["dereflect.models.separator"] = separator = types.ModuleType("dereflect.models.separator")
+separator.load_separator, separator.loaded, separator.Mirror = load_separator, loaded, Mirror
+"""
+
+# Notes what this process opens, changes and connects to, a line of JSON each.
+_WITNESS = """
+import json, os
+_notes = os.open("notes", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _note(event, arguments):
+    if event.partition(".")[0] in {"open", "os", "shutil", "socket", "subprocess"}:
+        path = arguments[0] if arguments and isinstance(arguments[0], (str, bytes)) else ""
+        os.write(_notes, json.dumps([event, os.fsdecode(path), repr(arguments)[:300]]).encode() + b"\\n")
+sys.addaudithook(_note)
 """
 
 
-class Server:
-    """The program, in a folder with some checkpoints."""
+def separated(work: Work, path: Path) -> Sent:
+    """The photograph, once it is done or has failed."""
+    sent = work.begin("some", path.stat().st_size)
+    sent.file.write_bytes(path.read_bytes())
+    work.submit(sent)
+    until(lambda: not sent.pending, "the separation")
+    return sent
 
-    def __init__(self, folder: Path):
-        self.temporary = folder / "temporary"
+
+def until(happened: Callable, what: str | Callable[[], str], seconds: float = 60):
+    """Wait, and return what `happened` returns when it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if result := happened():
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"{what if isinstance(what, str) else what()} did not come")
+
+
+def address(process: subprocess.Popen) -> str:
+    """Of the page, once it can be opened."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("Open "):
+            return line.split()[1]
+    raise AssertionError("".join(lines))
+
+
+class Server:
+    """The program, in a folder with some checkpoints; nobody has more patience than two seconds."""
+
+    def __init__(self, folder: Path, *options: str):
+        self.folder, self.temporary = folder, folder / "temporary"
         self.temporary.mkdir()
         for age, name in enumerate(("first", "second", "damaged")):
             path = folder / "checkpoints" / name / "best.pt"
             executable(path, "")
             os.utime(path, (1e9 - age, 1e9 - age))
-        code = f"{STAND_IN}\nfrom tools import app\nsys.exit(app.run(app.main))"
+        start = "from dereflect.tools import app\nfrom dereflect.tools.page import server\nserver.SLOW = 2\n"
+        code = f"{STAND_IN}\n{_WITNESS}\n{start}"
+        limits = ["--max_megabytes", "1", "--max_megapixels", "1", "--queue", "3"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "--port", "0", "--max_megabytes", "1", "--max_megapixels", "1"],
+            [sys.executable, "-c", f"{code}sys.exit(app.run(app.main))", "--port", "0", *limits, *options],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        lines = []
-        for line in self.process.stderr:
-            lines.append(line)
-            if line.startswith("Open "):
-                self.url = line.split()[1]
-                return
-        raise AssertionError("".join(lines))
+        self.url = address(self.process)
+        self.port = int(self.url.rpartition(":")[2])
 
-    def files(self) -> set[str]:
-        """Names of all photographs that it has."""
-        kinds = {".png", ".jpg"}
-        names = {path.name for path in self.temporary.rglob("*") if path.suffix in kinds}
-        return {name for name in names if not name.startswith("example_")}
+    @property
+    def own(self) -> Path:
+        """The app's own folder."""
+        (folder,) = self.temporary.glob("sirr-app-*")
+        return folder
 
-    def stop(self) -> int:
+    def photographs(self) -> list[Path]:
+        """The folders of all photographs that it has."""
+        return [path for path in self.own.iterdir() if path.is_dir()]
+
+    def notes(self) -> list[list[str]]:
+        """What it has opened, changed and connected to: event, path, all about it."""
+        return [json.loads(line) for line in (self.folder / "notes").read_text().splitlines()]
+
+    def raw(self, request: bytes, end: bool = False) -> tuple[int, dict[str, str], bytes]:
+        """Send bytes as they are; the status (0: none came), the headers and the body of the answer.
+
+        Args:
+            request: with `Host: localhost` where it has no Host, and asking for the connection to be closed.
+            end: say that nothing more will follow.
+        """
+        head, blank, body = request.partition(b"\r\n\r\n")
+        if b"\nhost:" not in head.lower():
+            head += b"\r\nHost: localhost"
+        answer = b""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        with connection, contextlib.suppress(OSError):  # cut off
+            connection.sendall(head + b"\r\nConnection: close" + blank + body)
+            if end:
+                connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(2**16):
+                answer += part
+        return parsed(answer)
+
+    def get(self, target: str, method: str = "GET", headers: str = "") -> tuple[int, dict[str, str], bytes]:
+        return self.raw(f"{method} {target} HTTP/1.1\r\n{headers}\r\n".encode())
+
+    def post(self, body: bytes, query: str = "", headers: str = "") -> tuple[int, dict]:
+        """Send a photograph; status and JSON of the answer."""
+        head = f"POST /separate{query} HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        status, _, answer = self.raw(head.encode() + body)
+        return status, json.loads(answer or "null")
+
+    def status(self, token: str) -> dict:
+        """Of a photograph."""
+        return json.loads(self.get(f"/result/{token}")[2])
+
+    def separate(self, body: bytes) -> str:
+        """The token of a photograph, once it is separated."""
+        status, answer = self.post(body)
+        assert status == 202, answer
+        until(lambda: self.status(answer["token"])["state"] == "done", lambda: str(self.status(answer["token"])))
+        return answer["token"]
+
+    def stop(self) -> tuple[int, str]:
+        """The exit status, and what it has said since it was open."""
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(30)
-        self.process.stderr.close()
-        return status
+        told = self.process.stderr.read()
+        return self.process.wait(30), told
+
+
+def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Status (0 of an empty answer), headers and body."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    headers = dict(re.split(": *", line, maxsplit=1) for line in lines[1:])
+    return int(lines[0].split()[1]) if answer else 0, headers, body
 
 
 class Page:
@@ -84,7 +195,7 @@ class Page:
 
     def open(self) -> None:
         self.driver.get(self.url)
-        self.until(lambda: self.find("#photograph input[type=file]"), "the page")
+        self.until(lambda: "megabytes" in self.text(), "the page")
 
     def find(self, selector: str) -> list:
         return self.driver.find_elements("css selector", selector)
@@ -93,35 +204,68 @@ class Page:
         return self.driver.find_element("css selector", "body").text
 
     def until(self, happened, what: str):
-        """Wait, and return what `happened` returns when it is true."""
-        from selenium.common.exceptions import StaleElementReferenceException
+        return until(happened, lambda: f"{what} (the page says: {self.text()})", 90)
 
-        end = time.monotonic() + 90
-        while time.monotonic() < end:
-            try:
-                if result := happened():
-                    return result
-            except StaleElementReferenceException:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"{what} did not come; the page says: {self.text()}")
+    def drop(self, *paths: Path) -> None:
+        self.find("#files")[0].send_keys("\n".join(map(str, paths)))
 
-    def upload(self, path: Path) -> None:
-        self.find("#photograph input[type=file]")[0].send_keys(str(path))
+    def separated(self, count: int = 1) -> list:
+        """The elements of all photographs, once that many are done or have failed."""
+        ended = "article:has(> progress[hidden])"
+        return self.until(lambda: len(self.find(ended)) == count and self.find(ended), "the results")
 
-    def uploaded(self) -> None:
-        self.until(lambda: self.find("#photograph img"), "the photograph")
+    def do(self, script: str, *arguments):
+        return self.driver.execute_script(script, *arguments)
 
-    def separate(self) -> None:
-        self.find("#separate")[0].click()
 
-    def separated(self) -> list[str]:
-        """The addresses of before and after."""
-        return self.until(
-            lambda: (
-                [image.get_attribute("src") for image in self.find("#slider img")][:2]
-                if "pixels in" in self.text()
-                else None
-            ),
-            "the result",
-        )
+@contextlib.contextmanager
+def browser(url: str, folder: Path) -> Iterator[Page]:
+    """The page in Chromium, which has its profile and its downloads in that folder."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--window-size=1280,1300",
+        f"--user-data-dir={folder / 'profile'}",
+    ):
+        options.add_argument(argument)
+    downloads = folder / "downloads"
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield Page(driver, url, downloads)
+    finally:
+        driver.quit()
+
+
+def write_picture(path: Path) -> None:
+    """The page with its first example, separated by the bundled weights."""
+    command = [sys.executable, str(ROOT / "tools/app.py"), "--port", "0"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+        try:
+            with browser(address(program), Path(folder)) as page:
+                page.open()
+                page.until(lambda: page.find("#examples button"), "the examples")[0].click()
+                page.separated()
+                page.until(
+                    lambda: page.do("return [...document.images].every(image => image.complete)"), "the pictures"
+                )
+                whole = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+        finally:
+            program.terminate()
+            program.wait()
+    picture = Image.open(io.BytesIO(base64.b64decode(whole["data"]))).convert("RGB")
+    picture.thumbnail((900, 2000))
+    picture.save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    write_picture(Path(sys.argv[1]))

@@ -2,6 +2,24 @@
 # Lint, format, shell scripts, tests. Arguments go to pytest: ./tests/run.sh -k scan; ./tests/run.sh -m slow runs
 # those that it leaves out otherwise.
 set -uo pipefail
+
+case ${1:-} in
+-h | --help)
+    cat <<'HELP'
+usage: ./tests/run.sh [arguments of pytest]
+
+Lints (ruff, shellcheck), then runs the tests, as the continuous integration does. The first start looks for a Python
+with all of requirements-dev.txt and otherwise installs that into .venv.
+
+examples:
+  ./tests/run.sh                      everything but the slow tests
+  ./tests/run.sh -k scan              the tests with scan in their names
+  ./tests/run.sh tests/faults         a folder, or a file
+  ./tests/run.sh -m slow              the slow tests
+HELP
+    exit
+    ;;
+esac
 # shellcheck source=tools/environment.sh
 . "$(dirname -- "${BASH_SOURCE[0]}")/../tools/environment.sh"
 cd "$ROOT" || exit

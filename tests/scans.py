@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.scan import available_backends, selective_scan
-from models.scan.backends.reference import selective_scan_reference
+from dereflect.models.scan import available_backends, selective_scan
+from dereflect.models.scan.backends.reference import selective_scan_reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_NUMBA = available_backends("cpu")["cpu"] is None

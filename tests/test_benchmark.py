@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+import textwrap
 from argparse import Namespace
 
 import pytest
@@ -10,10 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.benchmark import main
-from tools.benchmarks import common, machine, variants
-from tools.benchmarks.common import Measurement
-from util import program
+from dereflect.models import dsrnet_model_sirs as model_module
+from dereflect.tools.benchmark import main
+from dereflect.tools.benchmarks import common, machine, variants
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.tools.benchmarks.published import PublishedNetwork
+from dereflect.util import program
+from dereflect.util.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,7 @@ def run(tmp_path):
         assert not main([*arguments, "--json", str(files[0]), "--markdown", str(files[1])])
         record = json.loads(files[0].read_text())
         header = {"command", "machine", "threads", "torch", "date"}
-        assert header < set(record["setting"])
+        assert header <= set(record["setting"])
         assert record["setting"]["command"].startswith(f"python tools/benchmark.py {arguments[0]} ")
         return record, files[1].read_text()
 
@@ -82,6 +87,96 @@ def test_step(run, tmp_path):
     assert picture.stat().st_size > 0
 
 
+@pytest.fixture
+def clone(tmp_path):
+    """A folder like a clone of a published repository, whose network is a convolution, a scan and its residue."""
+    files = {
+        "models/__init__.py": "raise_when_ours = 'published'\n",
+        "models/arch/__init__.py": """
+            from mamba_ssm import Mamba
+            from models.arch.tiny import Tiny
+            from util.numbers import CHANNELS
+
+            def tiny():
+                assert Mamba(16, d_state=16, d_conv=4, expand=2).cuda().D.device.type == "cpu"
+                return Tiny(CHANNELS)
+            """,
+        "models/arch/tiny.py": """
+            import torch
+            from torch import nn
+
+            class Tiny(nn.Module):
+                def __init__(self, channels):
+                    super().__init__()
+                    self.ending = nn.Module()
+                    self.ending.seq = nn.Sequential(nn.Conv2d(3, channels, 1))
+
+                def forward(self, image, features, fn=None):
+                    out = self.ending.seq(image.cuda())
+                    assert len(features) == 5
+                    return out, image - out, torch.zeros(1).cuda() * out
+            """,
+        "util/numbers.py": "CHANNELS = 3\n",
+        "train_sirs.py": "raise RuntimeError('nobody runs this')\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_text(textwrap.dedent(text))
+    return tmp_path / "clone"
+
+
+class Head(nn.Module):
+    """Our network of that name: `head` is published as `ending.seq.0`."""
+
+    features = "vgg19"
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(3, 3, 1)
+
+    def forward(self, image, features):
+        out = self.head(image)
+        return out, image - out, torch.zeros_like(out)
+
+
+def test_against_a_clone_of_the_published_code(clone):
+    ours, before = Head(), set(sys.modules)
+    network = PublishedNetwork(clone, "tiny", ours, "cpu")
+    assert "models.arch.tiny" not in sys.modules and "mamba_ssm" not in sys.modules
+    assert set(sys.modules) == before and str(clone) not in sys.path
+    image = torch.rand(1, 3, 16, 32)
+    for mine, theirs in zip(ours(image, None), network(image, [image] * 5), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        image.cuda()  # elsewhere the calls are what they were
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda clone: (clone / "models/arch/__init__.py").unlink(), r"no models/arch/__init__\.py"),
+        (lambda clone: (clone / "models/arch/__init__.py").write_text(""), "has no tiny"),
+        (lambda clone: (clone / "models/arch/__init__.py").write_text("import no_such_thing"), "no_such_thing"),
+        (lambda clone: (clone / "util/numbers.py").write_text("CHANNELS = 4"), "another network than ours.*ending"),
+    ],
+)
+def test_a_clone_that_cannot_be_run_is_told(clone, change, told):
+    change(clone)
+    with pytest.raises(UserError, match=told):
+        PublishedNetwork(clone, "tiny", Head(), "cpu")
+
+
+def test_step_against(run, clone, monkeypatch):
+    monkeypatch.setattr(common, "list_models", lambda: ["tiny"])
+    monkeypatch.setattr(variants, "create_model", lambda name: Head())
+    monkeypatch.setattr(model_module, "create_model", lambda name: Head())
+    found = run("step", "--against", str(clone), "--inet", "tiny", "--gpu_ids", "-1", "--sizes", "32", "--repeats", "1",
+                "--no-keep_freed_memory")[0]["measurements"]  # fmt: skip
+    assert [m["variant"] for m in found] == ["published", "fp32", "bf16"]
+    assert found[1]["ratio"] == pytest.approx(found[0]["milliseconds"] / found[1]["milliseconds"])
+    assert all(m["share"] > 0 for m in found)
+
+
 def test_step_forward_only(run, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     record, markdown = run(
@@ -98,6 +193,13 @@ def test_step_forward_only(run, tmp_path, capsys):
     assert "### nanoseconds a pixel" in markdown
     assert json.loads(trace.read_text())["traceEvents"]
     assert "Self CPU" in capsys.readouterr().out
+
+
+def test_metrics(run):
+    published, ours = run("metrics", "--size", "64", "48", "--repeats", "2")[0]["measurements"]
+    assert (published["what"], ours["what"]) == ("published", "ours")
+    assert ours["ratio"] == pytest.approx(published["milliseconds"] / ours["milliseconds"])
+    assert all(ours[name] == pytest.approx(published[name]) for name in ("PSNR", "SSIM", "LMSE", "NCC"))
 
 
 def test_memory(run, tmp_path):

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import build_loaders, build_test_loaders, build_train_loader, build_val_loader, discover
-from data.sampling import EpochSampler, generator
-from data.sirs_dataset import TestSet, TrainSet
+from dereflect.data import build_loaders, build_test_loaders, build_train_loader, build_val_loader, discover
+from dereflect.data.sampling import EpochSampler, generator
+from dereflect.data.sirs_dataset import TestSet, TrainSet
+from dereflect.util.distributed import World
+from dereflect.util.errors import UserError
 from tests.helpers import PHOTOGRAPHS, ROOT, assert_same, batches, loader_of, options_for, write_noise, write_pairs
-from util.distributed import World
-from util.errors import UserError
 
 
 class TestTrainSet:
@@ -244,10 +244,10 @@ class TestLoaders:
         assert len(names) == 2
 
     def test_a_dataset_file_of_ones_own(self, base, monkeypatch):
-        mine = type(sys)("data.mine")
+        mine = type(sys)("dereflect.data.mine")
         mine.TrainSet = type("TrainSet", (TrainSet,), {"__getitem__": lambda self, key: key})
         mine.TestSet = TestSet
-        monkeypatch.setitem(sys.modules, "data.mine", mine)
+        monkeypatch.setitem(sys.modules, "dereflect.data.mine", mine)
         options = options_for(base)
         options.dataset = "mine"
         loader = build_train_loader(options, discover(options))
@@ -261,8 +261,8 @@ class TestLoaders:
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 if __name__ == "__main__":
-    from data import build_train_loader, discover
-    from options import parse_train
+    from dereflect.data import build_train_loader, discover
+    from dereflect.options import parse_train
     options = parse_train(["--base_dir", {str(base)!r}, "--crop_size", "16", "--nThreads", "2"])
     loader = build_train_loader(options, discover(options))
     batches = iter(loader)
@@ -304,11 +304,11 @@ class TestCache:
         assert_same(batches(cached), plain)  # now out of the cache
 
     def test_every_file_is_decoded_once(self, base, monkeypatch):
-        import data.cache
+        from dereflect.data import cache
 
         read = Counter()
-        decode = data.cache.read_rgb
-        monkeypatch.setattr(data.cache, "read_rgb", lambda file, least: (read.update([file]), decode(file, least))[1])
+        decode = cache.read_rgb
+        monkeypatch.setattr(cache, "read_rgb", lambda file, least: (read.update([file]), decode(file, least))[1])
         loader = loader_of(base, "--cache_images", "0.001", "--val_split", "0")
         for epoch in range(20):
             batches(loader, epoch)

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import demo
-from data.demo import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, build_demo
-from options import parse_train
-from util.errors import UserError
-from util.images import check_image, read_image
+from dereflect.data import demo
+from dereflect.data.demo import TEST_PHOTOGRAPHS, TRAIN_PHOTOGRAPHS, build_demo
+from dereflect.options import parse_train
+from dereflect.util.errors import UserError
+from dereflect.util.images import check_image, read_image
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_has_every_part_of_the_published_layout(built):
-    from data import discover
+    from dereflect.data import discover
 
     sets = discover(parse_train(["--base_dir", str(built)]))
     assert sets.mix == pytest.approx({"synthetic": 0.6, "real": 0.2, "nature": 0.2})

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dereflect.tools import prepare_data
+from dereflect.tools.preparation import download
+from dereflect.util import program
 from tests.helpers import errors
-from tools import prepare_data
-from tools.preparation import download
-from util import program
 
 
 class Server:

@@ -9,27 +9,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
-from engine import Diverged, Engine
-from models.arch import create_model
-from options import parse_train, train_parser
+from dereflect.engine import Diverged, Engine
+from dereflect.models.arch import create_model
+from dereflect.options import parse_train, train_parser
+from dereflect.tools import replay
+from dereflect.train_sirs import main, train
+from dereflect.util import evaluation, program
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_image
+from dereflect.util.optim import learning_rate, parameter_groups
+from dereflect.util.published import AVERAGED_SETS
+from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import best as best_line
+from dereflect.util.run.reader import read_metrics, read_run, table
+from dereflect.util.run.record import Record
 from tests.helpers import ROOT, arguments, run, same, state_of, wait_for_writes
-from tools import replay
-from train_sirs import main, train
-from util import program
-from util.errors import UserError
-from util.images import read_image
-from util.optim import learning_rate, parameter_groups
-from util.published import AVERAGED_SETS
-from util.run import checkpoint
-from util.run.reader import read_metrics, table
-from util.run.record import Record
 
 SETS = {"val", "demo_clip", "demo_screen", "average"}
 
@@ -84,7 +87,7 @@ def test_tensorboard_has_curves_panels_and_options(finished):
     tags = events.Tags()
     for tag in ("t_pixel", "r_pixel", "vgg", "exclusion", "reconstruction", "total"):
         assert f"train/loss_{tag}" in tags["scalars"]
-    for tag in ("train/lr", "train/gradient_norm", "speed/images_per_second", "speed/peak_memory_GiB", "val/PSNR"):
+    for tag in ("train/lr", "train/gradient_norm", "speed/images_per_second", "speed/peak_memory_GiB", "PSNR/val"):
         assert tag in tags["scalars"]
     total = events.Scalars("train/loss_total")
     assert [point.step for point in total] == [2, 4, 6, 8]
@@ -96,7 +99,38 @@ def test_tensorboard_has_curves_panels_and_options(finished):
     waited = events.Scalars("speed/seconds_waited_for_data")
     assert all(0 < point.value < 60 for point in waited)
     assert len(events.Images("panels/demo_clip")) == 4
-    assert "options/text_summary" in tags["tensors"]
+    assert "options/text_summary" in tags["tensors"] and "custom_scalars__config__" in tags["tensors"]
+    line = next(line for line in read_metrics(finished) if line["set"] == "demo_clip" and line["estimate"] == "input")
+    untouched = [point.value for point in events.Scalars("PSNR/demo_clip/input")]
+    assert untouched == pytest.approx([line["PSNR"]] * 4), "a level line beside the network's"
+    kinds = {tag: plugin_data_pb2.HParamsPluginData.FromString(content) for tag, content in
+             events.PluginTagToContent("hparams").items()}  # fmt: skip
+    given = kinds["_hparams_/session_start_info"].session_start_info.hparams
+    assert given["ema"].number_value == 0.9 and given["inet"].string_value == "dsrnet_xs" and "gpu_ids" not in given
+    shown = [info.name.tag for info in kinds["_hparams_/experiment"].experiment.metric_infos]
+    assert "PSNR/average" in shown and "PSNR/average" in tags["scalars"] and "_hparams_/session_end_info" in kinds
+
+
+def test_a_tracker_gets_options_and_figures(tiny_data, tmp_path, monkeypatch):
+    calls = []
+    stub = types.SimpleNamespace(
+        init=lambda **given: calls.append(("init", given)) or stub,
+        log=lambda values, step: calls.append(("log", step, values)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stub)
+    assert (
+        run(tiny_data, tmp_path, "--nEpochs", "1", "--epoch_size", "2", "--tracker", "trackio", "--name", "t")[0] == 0
+    )
+    (_, given), *logs, end = calls
+    assert given["name"] == "t" and given["config"]["nEpochs"] == 1 and end == ("finish",)
+    assert any("PSNR/average" in values for _, _, values in logs) and any("train/lr" in v for _, _, v in logs)
+
+
+def test_a_tracker_that_is_not_there_is_told(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(tiny_data, tmp_path, "--nEpochs", "1", "--tracker", "wandb")
 
 
 def test_files_of_a_run(finished):
@@ -140,6 +174,16 @@ def test_resuming_with_another_batch_goes_on_at_the_same_sample(
     assert checkpoint.load(folder / "last.pt")["global_step"] == state["global_step"] + steps_left
 
 
+def test_a_finished_run_says_so_and_how_to_go_on(finished, tiny_data, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "four")
+    status, folder = run(tiny_data, tmp_path, *FULL, "--nEpochs", "4", "--name", "four", "--resume")
+    told = capsys.readouterr().out
+    assert status == 0 and "it is finished: --nEpochs is 4; a larger one trains on" in told
+    scores = {line["epoch"]: line["PSNR"] for line in read_metrics(folder) if line["set"] == "val" and line["epoch"]}
+    top = max(scores, key=scores.get)
+    assert f"best: epoch {top}, with {scores[top]:.2f} dB on the held-out pairs (val)" in told
+
+
 def start(data_folder: Path, runs: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "train_sirs.py", *arguments(data_folder, runs, *more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -173,9 +217,9 @@ def test_a_signal_to_the_program_saves_and_exits(tiny_data, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch, capsys):
-    import models.losses
+    from dereflect.models import losses
 
-    monkeypatch.setattr(models.losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
+    monkeypatch.setattr(losses, "exclusion_loss", lambda t, r: t.sum() * math.nan)
     status, folder = run(tiny_data, tmp_path, "--nEpochs", "1", "--name", "nan", "--batchSize", "2")
     assert status == 1
     told = capsys.readouterr().err
@@ -332,6 +376,17 @@ def test_decay_is_for_weights_of_convolutions_and_linear_layers():
     assert len(decayed["params"]) + len(others["params"]) == len(list(net.parameters()))
 
 
+def test_the_untouched_input_is_measured_once_in_a_run(tiny_data, tmp_path, monkeypatch):
+    measured = []
+    plain = evaluation.quality_assess
+    monkeypatch.setattr(evaluation, "quality_assess", lambda *images: measured.append(images) or plain(*images))
+    folder = run(tiny_data, tmp_path, "--nEpochs", "2", "--epoch_size", "2", "--name", "twice")[1]
+    first, second = ((folder / f"per_image/epoch_00{epoch}.csv").read_text().splitlines() for epoch in (1, 2))
+    images = len(first) - 1
+    assert images >= 9 and len(measured) == 3 * images, "the model's twice, the input's once"
+    assert [line.split(",")[6:] for line in first] == [line.split(",")[6:] for line in second]
+
+
 def test_published_average_is_weighted_by_counts(tmp_path):
     options = argparse.Namespace(comment="")
     record = Record(tmp_path, options, 0, 0)
@@ -384,4 +439,5 @@ def test_the_weights_that_a_training_starts_from_are_epoch_0_and_may_stay_the_be
     assert before["estimate"] == "input" and score > after["PSNR"]
     best, given = checkpoint.load(folder / "best.pt"), checkpoint.load(start)
     same(best["network"], given["ema"])
-    assert "epoch 0 PSNR/SSIM" in table(lines) and f"{score:6.2f}" in table(lines)
+    assert "  epoch 0  " in table(lines) and best_line(read_run(folder)).startswith("best: epoch 0, with ")
+    assert max(map(len, table(lines).splitlines())) <= 100 and f"{score:.2f} /" in table(lines)

@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from options import parse_evaluate, parse_train
-from tools import evaluate, infer
-from train_sirs import train
-from util import program
-from util.errors import UserError
-from util.evaluation import judge
-from util.images import read_image
-from util.metrics import load_lpips, quality_assess
-from util.published import AVERAGED_SETS, FIGURES, TEST_SETS
-from util.run.reader import METRICS, read_metrics
+from dereflect.options import parse_evaluate, parse_train
+from dereflect.tools import evaluate, infer
+from dereflect.train_sirs import train
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.evaluation import judge
+from dereflect.util.images import read_image
+from dereflect.util.metrics import load_lpips, quality_assess
+from dereflect.util.published import AVERAGED_SETS, FIGURES, TEST_SETS
+from dereflect.util.run.reader import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +183,8 @@ def test_clean_photographs_are_compared_with_themselves(small, finished, tmp_pat
     assert run(small, finished, "--clean", photographs, "--strength", "0") == 0
     text = capsys.readouterr().out
     assert "PSNR_joint of clean photographs (2)" in text
-    assert re.search(rf"\| {re.escape(str(finished / 'last.pt'))} \| 100.0 \| 100.0 \|", text), "nothing is removed"
-    assert re.search(r"\| gamma 1.2 \| \d\d\.\d \|", text)
+    assert re.search(r"last\.pt +100\.0 +100\.0$", text, re.MULTILINE), "nothing is removed"
+    assert re.search(r"gamma 1\.2 +\d\d\.\d ", text)
     (tmp_path / "empty").mkdir()
     assert run(small, finished, "--clean", tmp_path / "empty") == 2
     assert "no photograph in it" in capsys.readouterr().err

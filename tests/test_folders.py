@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from data import Loaders, build_val_loader, discover
-from data.folders import find_test_sets
-from engine import Engine
+from dereflect.data import Loaders, build_val_loader, discover
+from dereflect.data.folders import find_test_sets
+from dereflect.engine import Engine
+from dereflect.util.errors import UserError
 from tests.helpers import PHOTOGRAPHS, options_for, write_noise, write_pairs
-from util.errors import UserError
 
 
 def test_finds_everything(base):
@@ -31,12 +31,20 @@ def test_finds_everything(base):
     assert "not there to test on: SolidObjectDataset, WildSceneDataset, Nature" in described
 
 
+def test_without_nature_the_published_mix_is_that_of_the_first_setting(base):
+    (base / "train/nature").rename(base / "elsewhere")
+    sets = discover(options_for(base))
+    assert sets.mix == pytest.approx({"synthetic": 0.7, "real": 0.3})
+    assert "nature (train/nature)" in "\n".join(sets.missing)
+    assert "synthetic 70%, real 30%" in "\n".join(sets.missing)
+
+
 def test_missing_sets_are_named_and_the_rest_renormalised(base):
     (base / "train/nature").rename(base / "elsewhere")
-    sets = discover(options_for(base, "--mix", 0.6, 0.2, 0.2))
-    assert sets.mix == pytest.approx({"synthetic": 0.75, "real": 0.25})
-    assert "nature (train/nature)" in "\n".join(sets.missing)
-    assert "synthetic 75%, real 25%" in "\n".join(sets.missing)
+    sets = discover(options_for(base, "--mix", 0.4, 0.4, 0.2))
+    assert sets.mix == pytest.approx({"synthetic": 0.5, "real": 0.5})
+    (base / "train/real").rename(base / "elsewhere, too")
+    assert discover(options_for(base)).mix == {"synthetic": 1.0}
 
 
 def test_a_single_photograph_makes_no_synthetic_pair(base):
@@ -82,6 +90,14 @@ def test_training_alone_needs_no_test_set(base):
     sets = discover(options_for(base))
     assert sets.tests == {}
     assert "real20_420" in sets.missing[-1]
+
+
+def test_an_empty_test_set_is_told(base):
+    for layer in ("blended", "transmission_layer"):
+        (base / "test/empty" / layer).mkdir(parents=True)
+    sets = discover(options_for(base))
+    assert set(sets.tests) == {"PostcardDataset", "real20_420"}
+    assert f"a test set without images, left out: {base / 'test/empty'}" in sets.missing
 
 
 def test_test_sets_may_lie_at_any_depth_and_share_names(base):
@@ -211,7 +227,7 @@ def test_a_process_without_held_out_pairs_still_takes_part_in_their_evaluation(b
         names = []
         world = SimpleNamespace(gather=lambda rows: rows, share=lambda value: value, is_main=False)
         record = SimpleNamespace(
-            start_evaluation=lambda epoch, sets, names=names: names.extend(sets),
+            start_evaluation=lambda epoch, step, sets, names=names: names.extend(sets),
             **dict.fromkeys(("evaluation", "panel", "averages"), lambda *_: None),
         )
         engine = SimpleNamespace(loaders=Loaders(None, loader, {"x": loader}, {}), record=record, world=world)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch import create_model
-from models.weights import architecture_of, load_weights
-from options import PRETRAINED
+from dereflect.models.arch import create_model
+from dereflect.models.weights import architecture_of, load_weights
+from dereflect.options import PRETRAINED
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 from tests.helpers import GOLDEN, Malicious, flipped, published_state, same
-from util.errors import UserError
-from util.run import checkpoint
 
 
 def published(name: str) -> dict[str, torch.Tensor]:

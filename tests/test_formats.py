@@ -10,10 +10,11 @@ import pytest
 import tifffile
 from PIL import Image
 
+from dereflect.util.errors import UserError
+from dereflect.util.formats.png import SIGNATURE, chunk
+from dereflect.util.images import check_image, read_image, read_rgb
+from dereflect.util.photographs import read_photograph
 from tests.formats import CASES, HEIGHT, OPAQUE, RAMP, WIDTH, by_pil, grey, netpbm, packed, pam, png, tiff, whole
-from util.errors import UserError
-from util.images import check_image, read_image, read_rgb
-from util.photographs import read_photograph
 
 RGB8, RGB16 = whole(RAMP, 255), whole(RAMP, 65535)
 
@@ -87,6 +88,10 @@ REFUSED = {
     "a sensor's TIFF": (lambda: packed(RGB16[..., 1:2].astype(np.uint32), 16, 32803, "<"), RAW),
     "lossless JPEG": (lambda: jpeg_of_frame(0xC3), "a lossless or hierarchical JPEG"),
     "JPEG of 12 bits": (lambda: jpeg_of_frame(0xC1, bits=12), "a JPEG of 12 bits a channel"),
+    "64 bits": (lambda: tiff(RGB16.astype(np.uint64), "rgb"), "a TIFF of 64 bits a channel"),
+    "Lab of 16 bits": (lambda: tiff(RGB16, "cielab"), "Lab colours of 16 bits a channel"),
+    "inks the other way round": (lambda: inked(255, 0), "inks that don't reach from nothing to all"),
+    "Apple's PNG": (lambda: SIGNATURE + chunk(b"CgBI", bytes(4)) + png(RGB8, 2)[8:], "a PNG of Apple's own kind"),
     "text": (lambda: b"no picture at all", "not an image, or damaged"),
 }
 
@@ -99,6 +104,12 @@ def jpeg_of_frame(marker: int, bits: int = 8) -> bytes:
     return bytes(content)
 
 
+def inked(*dots: int) -> bytes:
+    """A CMYK TIFF that says what is no ink, and all of it."""
+    four = np.dstack([255 - RGB8, np.zeros_like(RGB8[..., :1])])
+    return tiff(four, "separated", extratags=[(336, 1, 2, dots, True)])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_read_is_named(tmp_path, name, capfd):
     make, words = REFUSED[name]
@@ -109,6 +120,20 @@ def test_what_is_not_read_is_named(tmp_path, name, capfd):
             use(path)
             check_image(path, decoded=True)
         assert words in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_range_of_inks_from_nothing_to_all(tmp_path):
+    (tmp_path / "a.tif").write_bytes(inked(0, 255))
+    np.testing.assert_array_equal(read_photograph(tmp_path / "a.tif").pixels, RGB8)
+
+
+def test_a_wrong_checksum_alone_costs_no_pixels(tmp_path, capfd):
+    """Deflate has one of its own."""
+    for samples in (RGB8, RGB16):
+        whole_file = png(samples, 2)
+        (tmp_path / "a.png").write_bytes(whole_file[:-16] + b"oops" + whole_file[-12:])
+        np.testing.assert_array_equal(read_photograph(tmp_path / "a.png").pixels, samples)
     assert capfd.readouterr().err == ""
 
 

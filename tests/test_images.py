@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dereflect.util.errors import UserError
+from dereflect.util.images import check_image, read_image, read_rgb, write_image
 from tests.helpers import UPRIGHT, exif_chunk
-from util.errors import UserError
-from util.images import check_image, read_image, read_rgb, write_image
 
 WIDTH, HEIGHT = 24, 16
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from models.separator import Separator, load_separator
-from options import PRETRAINED, parse_infer
+from dereflect.models.separator import Separator, load_separator
+from dereflect.options import PRETRAINED, parse_infer
+from dereflect.tools import infer
+from dereflect.util import photographs, program
+from dereflect.util.photographs import read_photograph
 from tests.helpers import UPRIGHT, Local, children_seconds, exif_chunk
-from tools import infer
-from util import photographs, program
-from util.photographs import read_photograph
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 40, 24
@@ -110,7 +110,7 @@ def test_heic_without_its_reader_is_told(tmp_path, stand_in, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     assert run(tmp_path, tmp_path / "a.heic") == 1
-    assert "a.heic: HEIC needs a package: pip install pillow-heif" in capsys.readouterr().out
+    assert "a.heic: HEIC needs a package: pip install pillow-heif" in capsys.readouterr().err
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png", "--format", "heic") == 2, "before anything is loaded"
     assert not stand_in.seen and "pip install pillow-heif" in capsys.readouterr().err
@@ -246,15 +246,16 @@ def test_resume_makes_what_is_missing(tmp_path, album, stand_in, capsys):
 def test_a_bad_file_does_not_stop_the_rest(tmp_path, album, stand_in, capsys):
     (album / "broken.png").write_bytes(b"\x89PNG not really")
     assert run(tmp_path, album) == 1
-    told = capsys.readouterr().out
-    assert "broken.png" in told and "2 separated" in told and "1 failed" in told
+    told = capsys.readouterr()
+    assert "2 separated" in told.out and "1 failed" in told.out
+    assert told.err.startswith(f"error: {album / 'broken.png'}: ") and "broken.png" not in told.out
     assert made_in(album) == {"one_t.png", "deep/two_t.jpg"}
 
 
 def test_what_a_format_cannot_hold_is_told_and_leaves_nothing(tmp_path, stand_in, capsys):
     Image.new("RGB", (17000, 1)).save(tmp_path / "long.png")
     assert run(tmp_path, tmp_path / "long.png", "--format", "webp") == 1
-    assert "long_t.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().out
+    assert "long_t.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().err
     assert not stand_in.seen, "before anything is computed"
     assert {path.name for path in tmp_path.iterdir()} == {"long.png", "weights.pt"}
 
@@ -285,6 +286,21 @@ def test_the_whole_program(tmp_path, pixels):
     assert np.abs(made - expected).max() <= 0.51
 
 
+def test_separating_imports_no_more_than_it_needs(tmp_path, pixels):
+    """torch's compiler, torchvision and Triton take two seconds to import, as long as all of the rest."""
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    code = (
+        "import sys\n"
+        "for name in ('torch._dynamo', 'torchvision', 'triton', 'skimage', 'matplotlib', 'tensorboard', 'lpips'):\n"
+        "    sys.modules[name] = None\n"
+        "from dereflect.tools import infer\n"
+        f"sys.exit(infer.main([{str(tmp_path / 'photo.jpg')!r}, '--gpu_ids', '-1']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "photo_t.jpg").exists(), done.stdout
+
+
 def test_broken_checkpoint_is_a_line(tmp_path, pixels, capsys):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png") == 2
@@ -297,7 +313,7 @@ def test_help_and_errors_are_quick():
     code += "for program in (infer, evaluate):\n"
     code += " for line in (['--help'], ['x', '--checkpoint', 'nowhere']):\n"
     code += "  try: program.main(line)\n  except SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    code += "print([m for m in ('torch', 'numpy', 'dereflect.models', 'dereflect.data') if m in sys.modules])"
     began = children_seconds()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert children_seconds() - began < 2

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.separator import Separator
+from dereflect.models.separator import Separator
+from dereflect.tools import infer
+from dereflect.util import program
+from dereflect.util.photographs import Photograph, write_photograph
 from tests.helpers import Local
-from tools import infer
-from util import program
-from util.photographs import Photograph, write_photograph
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,8 +139,8 @@ def test_what_is_too_wide_is_refused_before_the_work(tmp_path, stand_in, capfd, 
     path = draw(tmp_path / f"wide.{form}", form.upper(), (width, 8))
     arguments = (path, "--save", "t", "sidebyside", "-o", tmp_path / "out")
     assert separate(tmp_path, *arguments) == 1
-    told = capfd.readouterr().out
-    assert "--format png" in told and f"{4 * width:,} x 8 pixels" in told and "1 separated" in told
+    told = capfd.readouterr()
+    assert "--format png" in told.err and f"{4 * width:,} x 8 pixels" in told.err and "1 separated" in told.out
     assert [Path(name).stem for name in made_in(tmp_path / "out")] == ["wide_t"]
     stand_in.seen.clear()
     assert separate(tmp_path, *arguments, "--resume") == 1 and not stand_in.seen

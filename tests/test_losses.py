@@ -5,14 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VGG19_Weights
+from torchvision.models.vgg import cfgs, make_layers
 
-from models import losses, vgg
-from models.dsrnet_model_sirs import DSRNetModel
-from models.losses import ReflectionLoss
-from models.vgg import Vgg19
+from dereflect.models import losses
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.losses import ReflectionLoss
+from dereflect.models.vgg import CUTS, Vgg19
+from dereflect.util.errors import UserError
 from tests.golden.fill import fill, image
 from tests.helpers import golden, relative_error
-from util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,11 @@ def test_vgg_is_frozen_and_always_in_eval_mode():
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), Vgg19("random").parameters(), strict=True))
 
 
+def test_vgg_has_the_layers_of_torchvisions():
+    layers = [layer for part in Vgg19("random").slices for layer in part]
+    assert list(map(repr, layers)) == list(map(repr, make_layers(cfgs["E"])[: CUTS[-1]]))
+
+
 def test_vgg_reads_torchvision_weights_from_a_file(tmp_path):
     first = Vgg19("random")
     state = {f"features.{k.split('.', 2)[2]}": v + 1 for k, v in first.state_dict().items()}
@@ -137,6 +144,6 @@ def test_weights_that_cannot_be_downloaded_are_told_with_the_way_out(monkeypatch
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    monkeypatch.setattr(type(vgg.VGG19_Weights.IMAGENET1K_V1), "get_state_dict", offline)
+    monkeypatch.setattr(VGG19_Weights, "get_state_dict", offline)
     with pytest.raises(UserError, match=r"vgg19-.*--vgg_weights FILE.*--vgg_weights random"):
         Vgg19("imagenet")

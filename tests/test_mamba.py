@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch.mamba import DIRECTIONS, ImageMamba, Mamba
-from models.scan import set_backend
-from models.scan.backends import why_not
+from dereflect.models.arch.mamba import DIRECTIONS, ImageMamba
+from dereflect.models.scan import Mamba, set_backend
+from dereflect.models.scan.backends import why_not
+from dereflect.util.optim import parameter_groups
 from tests.golden.fill import fill, rng
-from util.optim import parameter_groups
 
 GOLDEN = Path(__file__).parent / "golden"
 needs_numba = pytest.mark.skipif(why_not("cpu", "cpu") is not None, reason="numba is not installed")
@@ -147,17 +147,17 @@ def test_channels_last_stays(order):
 
 def test_autocast(monkeypatch):
     """What has a length may be bfloat16; A, the bias of delta and D reach the scan in float32."""
-    from models.arch import mamba
+    from dereflect.models.scan import layer as home
 
     dtypes = {}
-    scan = mamba.selective_scan
+    scan = home.selective_scan
 
     def spy(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
         tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
         dtypes.update({name: t.dtype for name, t in tensors.items()})
         return scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse=reverse)
 
-    monkeypatch.setattr(mamba, "selective_scan", spy)
+    monkeypatch.setattr(home, "selective_scan", spy)
     layer = filled(Mamba(32))
     x = torch.randn(2, 50, 32)
     expected = layer(x)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from dereflect.util.formats.png import chunk
+from dereflect.util.images import check_image, read_image, read_rgb
+from dereflect.util.photographs import Photograph, as_type, depth_of, read_photograph, suffix_for, write_photograph
 from tests.formats import RAMP, by_pil, png, whole
-from util.formats.png import chunk
-from util.images import check_image, read_image, read_rgb
-from util.photographs import Photograph, as_type, depth_of, read_photograph, suffix_for, write_photograph
 
 RGB8, RGB16 = whole(RAMP, 255), whole(RAMP, 65535)
 ARTIST, COPYRIGHT, DESCRIPTION = "Jürgen Müller".encode(), "© 2020 Łukasz".encode(), "夜の窓".encode()

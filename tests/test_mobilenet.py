@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch import create_model
-from models.arch.head import ColourHead, DetailHead
-from models.features import CHANNELS, build_features
-from models.losses import PerceptualLoss
-from models.mobilenet import MobileNetV2
+from dereflect.models.arch import create_model
+from dereflect.models.arch.head import ColourHead, DetailHead
+from dereflect.models.features import CHANNELS, build_features
+from dereflect.models.losses import PerceptualLoss
+from dereflect.models.mobilenet import MobileNetV2
 
 
 @pytest.fixture(scope="module")

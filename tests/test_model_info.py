@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models.arch import create_model
-from models.arch.blocks import MuGI, MuGIM2
-from models.arch.dsrnet import DSRNet
-from models.vgg import Vgg19
-from tools import model_info
-from tools.inspection import field
-from tools.inspection.costs import costs, kept_bytes
-from util import program
-from util.run import checkpoint
+from dereflect.models.arch import create_model
+from dereflect.models.arch.blocks import MuGI, MuGIM2
+from dereflect.models.arch.dsrnet import DSRNet
+from dereflect.models.vgg import Vgg19
+from dereflect.tools import model_info
+from dereflect.tools.inspection import field
+from dereflect.tools.inspection.costs import costs, kept_bytes
+from dereflect.util import program
+from dereflect.util.run import checkpoint
 
 
 @pytest.fixture(scope="module")

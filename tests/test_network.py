@@ -6,27 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from models.arch import create_model, list_models
-from models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMG
-from models.arch.dsrnet import DSRNet
-from models.arch.fused import mutual_gate
-from models.arch.lrm import LearnableResidue
-from models.arch.plain import plain_forward
-from models.dsrnet_model_sirs import DSRNetModel, build
-from models.losses import ReflectionLoss
-from models.mobilenet import MobileNetV2
-from models.vgg import Vgg19
-from models.weights import load_weights, translate
-from options import parse_train
+from dereflect.models.arch import create_model, list_models
+from dereflect.models.arch.blocks import NAF, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
+from dereflect.models.arch.dsrnet import DSRNet
+from dereflect.models.arch.fused import mutual_gate
+from dereflect.models.arch.lrm import LearnableResidue
+from dereflect.models.arch.plain import plain_forward
+from dereflect.models.dsrnet_model_sirs import DSRNetModel, build
+from dereflect.models.losses import ReflectionLoss
+from dereflect.models.mobilenet import MobileNetV2
+from dereflect.models.vgg import Vgg19
+from dereflect.models.weights import load_weights, translate
+from dereflect.options import parse_train
+from dereflect.tools.inspection.costs import costs, kept_bytes
 from tests.golden.fill import fill, image, pyramid, rng
 from tests.helpers import GOLDEN, golden, published_state, relative_error
-from tools.inspection.costs import costs, kept_bytes
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())
 PARAMETERS = {
     "dsrnet_s": 9_871_590,
     "dsrnet_m": 53_553_830,
     "dsrnet_l": 124_602_022,
+    "dsrnet_l_nature": 123_667_622,
     "mdsrnet_l": 209_067_942,
     "mxdsrnet_l": 213_050_598,
     "mgdsrnet_l": 340_611_750,
@@ -129,6 +130,26 @@ def test_named_model(name):
     assert outputs[2].abs().max() < 1
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("block", [MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG, NAF])
+def test_without_a_gradient_nothing_goes_through_autograd(block, backend, monkeypatch):
+    """The same values by the operators alone."""
+    monkeypatch.setenv("PASSES_BACKEND", backend)
+    block = with_scales(block(16))
+    x = normal("x", (2, 16, 8, 12))
+    expected = block(x).detach().numpy()
+
+    def refuse(*_):
+        raise AssertionError("an autograd function")
+
+    monkeypatch.setattr(torch.autograd.Function, "apply", refuse)
+    with pytest.raises(AssertionError, match="an autograd function"):
+        block(x)
+    for no_gradient in (torch.no_grad(), torch.inference_mode()):
+        with no_gradient:
+            assert relative_error(block(x), expected) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["dsrnet_xs", "mdsrnet_xs"])
 def test_small_enough_for_a_laptop(name):
     found = costs(name, 224, 224, depth=1)
@@ -174,7 +195,7 @@ def test_trains_without_vgg(tmp_path):
 
 
 def test_every_published_parameter_has_a_place():
-    for name in PARAMETERS:
+    for name in SHAPES:
         with torch.device("meta"):
             net = create_model(name)
         assert {translate(n) for n in SHAPES[name]} == set(net.state_dict())
@@ -310,6 +331,18 @@ def test_the_whole_step_is_one_graph(bf16, backend, monkeypatch):
     assert found == pytest.approx(losses, rel=precision)
     for name, gradient in gradients.items():
         assert (others[name] - gradient).norm() <= 5 * precision * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("block", [MuGI, MuGIMA])
+def test_exported_with_any_height_and_width(block):
+    """One program of torch.export for all sizes, with the network's very numbers at another than the example's."""
+    net = tiny(block=block, pyramid_block=block, stem=(16, 4)).eval()
+    sides = {axis: 16 * torch.export.Dim(name, min=2, max=64) for axis, name in ((2, "height"), (3, "width"))}
+    program = torch.export.export(net, (torch.rand(1, 3, 64, 64),), dynamic_shapes=(sides,)).module()
+    mixture = torch.rand(1, 3, 96, 48)
+    with torch.no_grad():
+        for found, expected in zip(program(mixture), net(mixture), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_every_block_is_one_graph():

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import options
-from options import as_text, parse_train
-from options.arguments import roles, train_parser
-from options.config import RECORDED
-from options.parser import Role
+from dereflect import options
+from dereflect.options import as_text, parse_train, presets
+from dereflect.options.arguments import roles, train_parser
+from dereflect.options.config import RECORDED
+from dereflect.options.parser import Role
 from tests.helpers import children_seconds
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,8 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    code = "import sys, options\ntry: options.parse_train(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([m for m in ('torch', 'numpy', 'models', 'data') if m in sys.modules])"
+    code = "import sys\nfrom dereflect import options\ntry: options.parse_train(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'dereflect.models', 'dereflect.data') if m in sys.modules])"
     began = children_seconds()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert children_seconds() - began < 1
@@ -46,12 +46,12 @@ def test_roles_decide_what_is_recorded_compared_and_exported():
     assert found[Role.WHERE] == {"base_dir", "demo", "save_every", "keep", "save_steps", "save_images", "panels"}
     assert found[Role.HOW] == {
         "gpu_ids", "compile", "checkpoint_activations", "scan_backend", "passes_backend", "nThreads", "cache_images",
-        "skip_bad_images", "log_every", "log_norms", "eval_batch",
+        "skip_bad_images", "log_every", "log_norms", "eval_batch", "tracker",
     }  # fmt: skip
 
 
 def test_backends_are_those_there_are():
-    from models import passes, scan
+    from dereflect.models import passes, scan
 
     choices = {action.dest: set(action.choices or ()) for action in train_parser()._actions}
     assert choices["scan_backend"] == set(scan.BACKENDS)
@@ -91,7 +91,7 @@ def test_demo_starts_from_the_box_unless_told_otherwise(tmp_path):
     (tmp_path / "c.yaml").write_text("inet: madsrnet_xs\n")
     assert parse_train(["--config", "c.yaml"]).weight_path == options.PRETRAINED
     scratch = parse_train(["--inet", "madsrnet_xs", "--weight_path", "none"])
-    assert scratch.weight_path is None and scratch.lr == options.DEMO_RECIPE["lr"]
+    assert scratch.weight_path is None and scratch.lr == parse_train([]).lr == 1e-3
     for elsewhere in (["--inet", "dsrnet_s"], ["--inet", "madsrnet_xs", "--base_dir", "."]):
         assert parse_train(elsewhere).weight_path is None
 
@@ -101,6 +101,46 @@ def test_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     parsed = parse_train(["--config", "c.yaml", "--nEpochs", "4"])
     assert (parsed.lr, parsed.nEpochs, parsed.if_align, parsed.mix) == (0.002, 4, True, [1, 0, 0])
     assert parsed.base_dir == Path() and not parsed.demo
+
+
+PUBLISHED = {
+    "published-w": ("dsrnet_l", "adamw", 0, "cosine_iter", 25, [0.6, 0.2, 0.2]),
+    "iccv": ("dsrnet_l", "adam", 0, "none", 20, [0.7, 0.3, 0]),
+    "iccv-nature": ("dsrnet_l_nature", "adam", 0, "none", 20, [0.6, 0.2, 0.2]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_of_the_published_models_are_what_really_ran(name, tmp_path):
+    (tmp_path / "dataset/reflection-removal").mkdir(parents=True)
+    parsed = parse_train(["--config", name])
+    keys = ("inet", "optimizer", "wd", "scheduler", "nEpochs", "mix")
+    assert tuple(getattr(parsed, key) for key in keys) == PUBLISHED[name]
+    assert (parsed.val_split, parsed.best_by, parsed.if_align) == (0, "test", True)
+    assert (parsed.lr, parsed.batchSize) == (1e-4, 1)
+    assert not parsed.demo and parsed.config == Path(name), "the record names it as it was typed"
+    assert parse_train(["--config", name, "--inet", "mdsrnet_l", "--wd", "0.1"]).wd == 0.1, "the command line wins"
+
+
+def test_presets_of_the_demo_and_of_the_bundled_weights(tmp_path):
+    (tmp_path / "dataset/reflection-removal").mkdir(parents=True)
+    demo = vars(parse_train(["--config", "demo", "--inet", "madsrnet_xs"]))
+    assert demo["demo"] and demo["weight_path"] is None and demo["lr"] == 1e-3
+    bundled = vars(parse_train(["--config", "demo-bundled"]))
+    assert bundled["weight_path"] == options.PRETRAINED and bundled["lambda_l1"] == 0.6
+    (tmp_path / "dataset/reflection-removal").rmdir()
+    assert {k for k, v in vars(parse_train(["--inet", "madsrnet_xs"])).items() if v != bundled[k]} == {"config"}
+    assert parse_train(["--config", "bundled", "--base_dir", "."]).synthesis == "physical"
+
+
+def test_presets_are_listed_and_a_file_is_named_by_its_path(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "iccv" in presets.names() and all(name in shown for name in presets.names())
+    (tmp_path / "iccv").write_text("nEpochs: 3\n")
+    assert parse_train(["--config", "iccv"]).nEpochs == 20
+    assert parse_train(["--config", str(tmp_path / "iccv")]).nEpochs == 3
 
 
 START = {"resume": "must", "name": "old", "comment": "before", "checkpoints_dir": "runs"}
@@ -152,6 +192,7 @@ def test_options_of_a_demo_start_another_demo(more, tmp_path):
         (["--gpu_ids", "zero"], "zero"),
         (["--loss", "nowhere"], "models/nowhere.py"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "icv"], "--config icv: there is no such file; did you mean iccv\\?"),
         (["--nepochs", "3"], "there is no option --nepochs; did you mean --nEpochs\\?"),
         (["--batch-size=3"], "did you mean --batchSize\\?"),
         (["--zzz"], "there is no option --zzz; --help"),

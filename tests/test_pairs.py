@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.cache import ImageCache
-from data.folders import discover, find_images, find_pairs
-from data.transforms import Augmentation, augment
-from options import PRETRAINED
+from dereflect.data.cache import ImageCache
+from dereflect.data.folders import discover, find_images, find_pairs
+from dereflect.data.transforms import Augmentation, augment
+from dereflect.options import PRETRAINED
+from dereflect.tools import evaluate
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb
 from tests.helpers import options_for, write_noise, write_pairs
-from tools import evaluate
-from util.errors import UserError
-from util.images import read_rgb
 
 SIZES = [(1501, 1003), (1003, 1501), (2048, 1536), (2015, 1513)]
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import passes
-from models.arch import fused, step
-from models.arch.blocks import NAF, MuGI, MuGIM2
-from models.passes import backends
-from tools.inspection.costs import costs
+from dereflect.models import passes
+from dereflect.models.arch import fused, step
+from dereflect.models.arch.blocks import NAF, MuGI, MuGIM2
+from dereflect.models.passes import backends
+from dereflect.tools.inspection.costs import costs
 
 pytest.importorskip("numba")
 
@@ -120,7 +120,7 @@ def test_rounding_to_bfloat16():
     may become 0, as the processor's own instruction makes them."""
     import numba
 
-    from models.compiled import vector
+    from dereflect.models.compiled import vector
 
     @numba.njit
     def round_all(source, target, count):
@@ -320,7 +320,7 @@ class TestChoice:
 
 def test_kernels_know_the_version_of_what_they_share():
     """Numba's cache looks at a kernel's own file only; its name tells which vector.py it was compiled with."""
-    from models.compiled import vector
-    from models.passes import kernels
+    from dereflect.models.compiled import vector
+    from dereflect.models.passes import kernels
 
     assert kernels.add_up.py_func.__qualname__ == f"add_up_{vector._VERSION}"

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data import physical
-from data.folders import discover
-from data.physical import Exposure, Glass, Mask
-from data.sirs_dataset import TrainSet
-from data.synthesis import Blend
-from options import parse_train
+from dereflect.data import physical
+from dereflect.data.folders import discover
+from dereflect.data.physical import Exposure, Glass, Mask
+from dereflect.data.sirs_dataset import TrainSet
+from dereflect.data.synthesis import Blend
+from dereflect.options import parse_train
 
 SIDE = 64
 PLAIN = Glass(

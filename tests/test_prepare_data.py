@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.folders import PHOTOGRAPHS
+from dereflect.data.folders import PHOTOGRAPHS
+from dereflect.tools import prepare_data
+from dereflect.util import program
+from dereflect.util.images import read_image, write_image
+from dereflect.util.published import REAL20
 from tests.helpers import contents, errors, flipped, make_tar, make_zip
-from tools import prepare_data
-from util import program
-from util.images import read_image, write_image
-from util.published import REAL20
 
 
 def picture(seed: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -149,8 +149,8 @@ def test_unpack_refuses_a_zips_links(tmp_path, capsys):
 def test_unpack_refuses_bombs(make, tmp_path, capsys, monkeypatch):
     archive = make(tmp_path / "archive", {str(i): bytes(2_000_000) for i in range(3)})
     assert archive.stat().st_size < 100_000
-    from tools.preparation.archive import unpack
-    from util.errors import UserError
+    from dereflect.tools.preparation.archive import unpack
+    from dereflect.util.errors import UserError
 
     with pytest.raises(UserError, match="--max_gb"):
         unpack(archive, tmp_path / "out", 5_000_000)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,26 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from util import program
-from util.errors import UserError
+from dereflect.util import program
+from dereflect.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "models/pretrained/madsrnet_xs.safetensors"
 
 # Of each program: arguments that are accepted, and the function that then does the work.
 PROGRAMS = {
-    "train_sirs": (["--base_dir", "."], "train_sirs.train"),
-    "tools.app": ([], "tools.app.serve"),
-    "tools.benchmark": (["scan"], "tools.benchmarks.scan.run_scan"),
-    "tools.evaluate": ([WEIGHTS, "--base_dir", "."], "tools.evaluate.evaluate"),
-    "tools.export": ([WEIGHTS, "-o", "x.safetensors"], "tools.export.export"),
-    "tools.convert_mobilenet": (["x.tflite"], "tools.convert_mobilenet.convert"),
-    "tools.infer": (["x.png"], "tools.infer.infer"),
-    "tools.model_info": (["dsrnet_xs"], "tools.model_info.show"),
-    "tools.prepare_data": (["check", "."], "tools.preparation.check.check"),
-    "tools.replay": (["x.pt"], "tools.replay.replay"),
-    "tools.report": (["."], "tools.report.report"),
-    "tools.summarize": (["."], "tools.summarize.summarize"),
+    "train_sirs": (["--base_dir", "."], "dereflect.train_sirs.train"),
+    "tools.app": ([], "dereflect.tools.app.serve"),
+    "tools.benchmark": (["scan"], "dereflect.tools.benchmarks.scan.run_scan"),
+    "tools.evaluate": ([WEIGHTS, "--base_dir", "."], "dereflect.tools.evaluate.evaluate"),
+    "tools.export": ([WEIGHTS, "-o", "x.safetensors"], "dereflect.tools.export.export"),
+    "tools.convert_mobilenet": (["x.tflite"], "dereflect.tools.convert_mobilenet.convert"),
+    "tools.infer": (["x.png"], "dereflect.tools.infer.infer"),
+    "tools.model_info": (["dsrnet_xs"], "dereflect.tools.model_info.show"),
+    "tools.prepare_data": (["check", "."], "dereflect.tools.preparation.check.check"),
+    "tools.replay": (["x.pt"], "dereflect.tools.replay.replay"),
+    "tools.report": (["."], "dereflect.tools.report.report"),
+    "tools.summarize": (["."], "dereflect.tools.summarize.summarize"),
 }
 every_program = pytest.mark.parametrize("name", PROGRAMS)
 
@@ -38,7 +39,7 @@ def run(name: str, work, monkeypatch) -> int:
     arguments, function = PROGRAMS[name]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(function, lambda *_: work())
-    return program.run(importlib.import_module(name).main, arguments)
+    return program.run(importlib.import_module(f"dereflect.{name}").main, arguments)
 
 
 def test_here_is_every_program():
@@ -104,7 +105,7 @@ def test_where_the_runner_has_made_an_environment_it_is_named(tmp_path, monkeypa
 
 def test_a_defect_shows_its_traceback():
     def misspelt(_):
-        from util import no_such_thing  # noqa: F401
+        from dereflect.util import no_such_thing  # noqa: F401
 
     with pytest.raises(ImportError):
         program.run(misspelt)
@@ -116,13 +117,41 @@ def test_the_status_is_what_main_returns():
     assert [program.run(lambda _, status=status: status) for status in (None, 0, 1)] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)]
+)
+def test_threads_do_not_spin_for_long_unless_told_to(given, count):
+    """What OpenMP itself says. By its own 300,000 turns small steps took four times as long on a busy machine."""
+    code = "from dereflect.util import program\nprogram.run(lambda _: __import__('torch') and None)"
+    plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    environment = plain | {"OMP_DISPLAY_ENV": "verbose"} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not found:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert set(map(int, found)) == {count}
+
+
+def test_nothing_is_collected_while_a_program_starts_nor_when_it_ends():
+    code = (
+        "import atexit, gc\n"
+        "from dereflect.util.program import starting\n"
+        "with starting():\n    print(gc.isenabled())\n"
+        "print(gc.isenabled(), gc.get_freeze_count())\n"
+        "atexit._run_exitfuncs()\n"
+        "print(gc.get_freeze_count() > 1000)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True", "0", "True"], done.stderr
+
+
 def test_what_computes_nothing_starts_without_torch(tmp_path):
     """The leaderboard, the report without pictures, the check of the data: torch alone takes seconds to import."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/options.yaml").write_text("inet: dsrnet_s\nnEpochs: 1\n")
     code = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from tools import prepare_data, report, summarize\n"
+        "from dereflect.tools import prepare_data, report, summarize\n"
         f"folder = {str(tmp_path)!r}\n"
         "summarize.main([folder])\n"
         "report.main([folder + '/run', '--pictures', 'none'])\n"

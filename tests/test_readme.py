@@ -7,8 +7,8 @@ from tests.helpers import ROOT
 
 
 def test_the_layout_names_every_file_and_only_these():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = re.findall(r"^([\w./-]+) {2,}\S", text[text.index("## Layout") :].split("```")[1], re.MULTILINE)
+    text = (ROOT / "docs/layout.md").read_text(encoding="utf-8")
+    named = re.findall(r"^([\w./-]+) {2,}\S", text.split("```")[1], re.MULTILINE)
     folders = tuple(name for name in named if name.endswith("/"))
     assert all((ROOT / name).exists() for name in named)
     done = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True, text=True)

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dereflect.tools import report
+from dereflect.tools.reports.page import TEMPLATES, data_uri
+from dereflect.tools.reports.pictures import Shown
+from dereflect.util import program
+from dereflect.util.run.reader import read_metrics, read_run
 from tests.helpers import COMMENT, embedded, make_page
-from tools import report
-from tools.reports.page import TEMPLATES, data_uri
-from tools.reports.pictures import Shown
-from util import program
-from util.run.reader import read_metrics, read_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 NAME = "<img src=x onerror=alert(1)>"
@@ -174,7 +174,8 @@ def test_a_damaged_run_still_has_a_page(finished, tmp_path):
 
 
 def test_without_pictures_torch_is_not_imported(finished, tmp_path):
-    code = f"from tools import report\nreport.main([{str(finished)!r}, '-o', {str(tmp_path / 'page.html')!r}, "
+    code = "from dereflect.tools import report\n"
+    code += f"report.main([{str(finished)!r}, '-o', {str(tmp_path / 'page.html')!r}, "
     code += "'--pictures', 'none'])\nimport sys\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
@@ -202,7 +203,7 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(break_it, arguments, to
 
 
 def test_a_page_that_breaks_off_leaves_the_one_before(finished, tmp_path):
-    from tools.reports import page as writer
+    from dereflect.tools.reports import page as writer
 
     def broken() -> Iterator[Shown]:
         raise KeyboardInterrupt

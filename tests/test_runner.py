@@ -76,6 +76,12 @@ def test_the_comment_arrives_as_typed(project, comment):
     assert f"--comment={comment}" in project.call("cpu", "dsrnet_s", comment)["arguments"]
 
 
+@pytest.mark.parametrize("options", [[], [""], ["--nEpochs", "3"], ["--help"]])
+def test_the_comment_may_be_left_out(project, options):
+    arguments = project.call("cpu", "dsrnet_s", *options)["arguments"]
+    assert arguments == [*published("dsrnet_s", "", "-1"), *(option for option in options if option)]
+
+
 def test_further_options_come_last_and_as_typed(project):
     options = ["--lr", "0.0002", "--name", "my run", "--base_dir", "/data/a b", "--config", ""]
     assert project.call("cpu", "dsrnet_s", "x", *options)["arguments"][-len(options) :] == options
@@ -137,11 +143,8 @@ def test_through_a_link(project, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
-        ([], "GPU, MODEL and COMMENT are missing"),
-        (["0"], "MODEL and COMMENT are missing"),
-        (["0", "dsrnet_s"], "COMMENT is missing"),
-        (["0", "dsrnet_s", ""], "COMMENT is missing"),
-        (["0", "dsrnet_s", "--nEpochs", "3"], "COMMENT is missing"),
+        ([], "GPU and MODEL are missing"),
+        (["0"], "MODEL is missing"),
     ],
 )
 def test_missing_arguments(project, arguments, missing):
@@ -200,6 +203,6 @@ def test_help_comes_before_any_installation(project, option):
     done = project.run(option)
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.startswith('usage: ./runner.sh GPU MODEL "COMMENT"')
+    assert done.stdout.startswith('usage: ./runner.sh GPU MODEL ["COMMENT"]')
     assert "nohup ./runner.sh 1 mdsrnet_l" in done.stdout
     assert "tensorboard --logdir checkpoints" in done.stdout

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.scan.backends.reference import selective_scan_reference
+from dereflect.models.scan.backends.reference import selective_scan_reference
 from tests.golden.fill import rng
 from tests.helpers import GOLDEN
 from tests.scans import (
@@ -39,7 +39,7 @@ def small_tiles():
     if INTERPRETED:
         from triton.runtime.interpreter import ScanOps
 
-        from models.scan.backends import triton
+        from dereflect.models.scan.backends import triton
 
         triton.CHUNK, triton.CHANNELS, triton.CHUNKS_AT_ONCE, triton.PAIRS = 64, 16, 2, 64
         ScanOps.generic_scan = scan_by_doubling
@@ -251,7 +251,7 @@ def test_special_functions():
     """exp2, softplus and sigmoid of the CPU kernels against float64, and that they fill vector registers."""
     import numba
 
-    from models.scan.backends import cpu
+    from dereflect.models.scan.backends import cpu
 
     @numba.njit
     def evaluate(function, source, target, rows):
@@ -286,7 +286,7 @@ def test_memory_does_not_grow_with_states():
     code = """
 import torch
 from pathlib import Path
-from models.scan import selective_scan
+from dereflect.models.scan import selective_scan
 status = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 def scan(length):
     shapes = (1, 64, length), (1, 64, length), (64, 16), (1, 16, length), (1, 16, length), (64,), (1, 64, length)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.scan import available_backends, selective_scan
+from dereflect.models.scan import available_backends, selective_scan
 from tests.scans import INTERPRETED, NAMES, assert_close, op, outputs_and_gradients, random_inputs
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA GPU")]

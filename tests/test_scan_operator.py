@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from models.scan import available_backends, backends, causal_conv1d, selective_scan, set_backend
+from dereflect.models.scan import available_backends, backends, causal_conv1d, selective_scan, set_backend
 from tests.scans import (
     HAS_NUMBA,
     INTERPRETED,
@@ -74,7 +74,7 @@ def test_first_call_may_be_a_fake_one(fresh_choice):
 def test_flops_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    import models.scan.flops  # noqa: F401  registers the formulas
+    import dereflect.models.scan.flops  # noqa: F401  registers the formulas
 
     batch, d, length, n = 2, 3, 5, 4
     inputs = {name: t.requires_grad_() for name, t in random_inputs(batch, d, length, n).items()}
@@ -116,8 +116,8 @@ class TestChoice:
 
     def test_without_numba(self, fresh_choice, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
-        monkeypatch.delitem(sys.modules, "models.scan.backends.cpu", raising=False)
-        monkeypatch.delattr("models.scan.backends.cpu", raising=False)
+        monkeypatch.delitem(sys.modules, "dereflect.models.scan.backends.cpu", raising=False)
+        monkeypatch.delattr("dereflect.models.scan.backends.cpu", raising=False)
         assert "numba" in available_backends("cpu")["cpu"]
         selective_scan(*random_inputs(1, 2, 3, 2).values())
         with pytest.raises(RuntimeError, match=r"'cpu' can't run on cpu tensors: .*numba"):
@@ -125,7 +125,7 @@ class TestChoice:
 
     def test_strength_of_wishes(self, monkeypatch):
         recorded = []
-        monkeypatch.setattr("models.scan.operator._scan", lambda *t: recorded.append(t[-1]) or t[:4])
+        monkeypatch.setattr("dereflect.models.scan.operator._scan", lambda *t: recorded.append(t[-1]) or t[:4])
         inputs = random_inputs(1, 2, 3, 2).values()
         monkeypatch.setenv("SCAN_BACKEND", "mamba_ssm")
         set_backend("reference")
@@ -173,10 +173,10 @@ class TestChoice:
     def test_importing_is_light(self):
         """The scan imports no backend's package, and VGG19 no network."""
         code = (
-            "import sys, models.scan\n"
+            "import sys, dereflect.models.scan\n"
             "print([name for name in ('numba', 'triton', 'mamba_ssm') if name in sys.modules])\n"
-            "import models.vgg\n"
-            "print('models.arch' in sys.modules)"
+            "import dereflect.models.vgg\n"
+            "print('dereflect.models.arch' in sys.modules)"
         )
         assert run_python("-c", code).split() == ["[]", "False"]
 
@@ -186,7 +186,7 @@ class TestChoice:
         from numba import int64
         from numba.core import caching
 
-        from models.scan.backends import cpu
+        from dereflect.models.scan.backends import cpu
 
         monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])  # as if every folder were read-only
 

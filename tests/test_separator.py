@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import separator as separators
-from models import tiles, weights
-from models.arch import create_model, list_models
-from models.scan import why_refused
-from models.separator import Separator, load_separator
-from models.weights import architecture_of
-from options import PRETRAINED
-from options.arguments import STRIDE
+from dereflect.models import separator as separators
+from dereflect.models import tiles, weights
+from dereflect.models.arch import create_model, list_models
+from dereflect.models.scan import why_refused
+from dereflect.models.separator import Separator, load_separator
+from dereflect.models.weights import architecture_of
+from dereflect.options import PRETRAINED
+from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError
 from tests.helpers import GOLDEN, Local, published_state
-from util.errors import UserError
 
 
 class Drifting(Local):
@@ -190,6 +190,10 @@ def test_architecture_is_found_by_the_published_parameters():
     for name in ("dsrnet_s", "mdsrnet_l"):
         state = {key: torch.zeros(()).expand(shape) for key, shape in shapes[name].items() if "seq_r" not in key}
         assert architecture_of({"icnn": state}, "x.pt") == name
+    gone = ("lrm.blocks_merge.2.", "lrm.blocks_merge.3.")
+    nature = {key: shape for key, shape in shapes["dsrnet_l"].items() if not key.startswith(gone)}
+    state = {key: torch.zeros(()).expand(shape) for key, shape in nature.items()}
+    assert architecture_of({"icnn": state}, "x.pt") == "dsrnet_l_nature"
 
 
 def test_every_architecture_is_found_and_unique():

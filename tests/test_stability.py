@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import engine
-from models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
+from dereflect import engine
+from dereflect.models.arch.blocks import MuGI, MuGIM, MuGIM2, MuGIMG
+from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import read_metrics
+from dereflect.util.stability import Guard, Verdict
 from tests.helpers import poison, run, same, state_of
-from util.run import checkpoint
-from util.run.reader import read_metrics
-from util.stability import Guard, Verdict
 
 
 def usual(guard: Guard, steps: int, spread: float = 0.5) -> None:

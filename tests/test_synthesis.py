@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import convolve2d
 
-from data.synthesis import KERNEL_ODDS, KERNEL_SIZES, Blend, synthesize
+from dereflect.data.synthesis import KERNEL_ODDS, KERNEL_SIZES, Blend, synthesize
 from tests.golden.fill import image
 
 GOLDEN = Path(__file__).parent / "golden" / "synthesis.npz"

@@ -3,7 +3,7 @@
 import csv
 import io
 
-from util import tables
+from dereflect.util import tables
 
 ROWS = [("set", "images", "PSNR"), ("a|b", "9", "25.1"), ("longer", "120", "7.25")]
 
@@ -16,6 +16,22 @@ def test_text_aligns_columns():
         "longer     120  7.25",
     ]
     assert tables.as_text(ROWS, rule=False).splitlines()[1] == "a|b     9       25.1"
+
+
+def test_text_that_is_too_wide_goes_on_below():
+    rows = [("set", "images", "PSNR", "SSIM"), ("real20", "20", "25.1", "0.9"), ("x" * 30, "120", "7.25", "0.8")]
+    assert tables.as_text(rows, left=1, width=26).splitlines() == [
+        "set           images  PSNR",
+        "--------------------------",
+        "real20            20  25.1",
+        "xxxxx...xxxx     120  7.25",
+        "",
+        "set           SSIM",
+        "------------------",
+        "real20         0.9",
+        "xxxxx...xxxx   0.8",
+    ]
+    assert tables.as_text(rows, width=200) == tables.as_text(rows)
 
 
 def test_markdown_escapes_what_would_end_a_cell():

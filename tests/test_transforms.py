@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.transforms import Augmentation, augment, scaled_size
-from util.images import read_rgb
+from dereflect.data.transforms import Augmentation, augment, scaled_size
+from dereflect.util.images import read_rgb
 
 
 @pytest.mark.parametrize("size", [(48, 33), (33, 48), (40, 40), (9, 12), (500, 201)])

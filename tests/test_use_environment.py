@@ -50,8 +50,17 @@ def test_an_interrupted_installation_does_not_count(project):
 
 def test_the_projects_own_requirements_are_met_here(project):
     """The tests run where requirements-dev.txt is installed, and that includes requirements.txt."""
-    shutil.copy(ROOT / "requirements.txt", project.root)
-    assert project.lacking((ROOT / "requirements.txt").read_text()) == ""
+    shutil.copy(ROOT / "pyproject.toml", project.root)
+    for name in ("requirements.txt", "requirements-app.txt", "requirements-dev.txt"):
+        assert project.lacking((ROOT / name).read_text()) == ""
+
+
+def test_what_the_project_and_its_extras_want_is_looked_up(project):
+    asks = '[project]\nname = "p"\ndependencies = ["pytest", "no-such-a"]\n[project.optional-dependencies]\n'
+    (project.root / "pyproject.toml").write_text(asks + 'x = ["p[y]", "no-such-b>=2"]\ny = ["no-such-c"]\n')
+    assert project.lacking("-e .\n") == "no-such-a"
+    assert project.lacking("-e .[y]\n") == "no-such-a, no-such-c"
+    assert project.lacking("-e .[x]\n") == "no-such-a, no-such-a, no-such-c and 1 more"
 
 
 def test_a_python_that_has_everything_is_used(project):
@@ -70,7 +79,7 @@ def test_otherwise_the_one_in_venv(project):
     )
     done = project.use_environment("absent-thing\n")
     assert done.stdout.strip() == f"{project.root}/.venv/bin/python"
-    assert done.stderr.strip() == f"Python: .venv/bin/python, because {sys.executable} lacks absent-thing"
+    assert done.stderr.strip() == "Python: .venv/bin/python"
 
 
 def test_an_incomplete_venv_is_completed(project):
@@ -107,6 +116,65 @@ def test_an_incomplete_venv_is_completed(project):
     assert (project.root / "pip.log").read_text() == "one\n"
 
 
+def installed(project, *prelude: str, uv: bool) -> list[str]:
+    """How uv or pip is called to install torch and another thing; both must be stubs that note it."""
+    log = project.root / "log"
+    executable(
+        project.root / ".venv/bin/python",
+        f"""#!/bin/sh
+        case "$*" in
+        "-m pip install"*) echo "pip $*" >>"{log}"; exit ;;
+        esac
+        exec "{sys.executable}" "$@"
+        """,
+    )
+    (project.root / "pyproject.toml").write_text('dependencies = [\n    "torch>=99,<100",\n    "torchvision>=98",\n]\n')
+    project.only("sed", "uname", "cat")
+    if uv:
+        executable(project.bin / "uv", f'#!/bin/sh\necho "uv $*" >>"{log}"\n')
+    done = project.use_environment("torch>=99,<100  # a comment\ntorchvision>=98\nabsent-thing\n", *prelude)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0].startswith(
+        "Installing requirements.txt into .venv with " + ("uv" if uv else "pip")
+    )
+    assert ("2 GB" if len(log.read_text().splitlines()) == 2 else "6 GB") in done.stderr
+    assert f"because {sys.executable} lacks torch<100,>=99" in done.stderr
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_a_cpu_gets_torch_without_cuda_where_its_index_answers(project, uv):
+    first, second = installed(project, "CPU_ONLY=yes", "uname() { echo Linux; }", "answers() { :; }", uv=uv)
+    assert first.endswith("--index-url https://download.pytorch.org/whl/cpu torch>=99,<100 torchvision>=98")
+    assert first.startswith("uv pip install" if uv else "pip -m pip install")
+    assert second.endswith(f"-r {project.root}/requirements.txt") and "--index-url" not in second
+
+
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        ("uname() { echo Linux; }", "answers() { :; }"),
+        ("CPU_ONLY=yes", "uname() { echo Linux; }", "answers() { return 1; }"),
+    ],
+    ids=["a GPU", "no answer"],
+)
+def test_otherwise_all_comes_from_the_usual_index(project, prelude):
+    (line,) = installed(project, *prelude, uv=False)
+    assert line.endswith(f"-r {project.root}/requirements.txt") and "--index-url" not in line
+
+
+def test_only_the_runner_for_a_cpu_asks_for_torch_without_cuda(project):
+    stub = 'use_environment() { echo "${CPU_ONLY:-no}" >&2; return 1; }\nROOT=.\nsay() { :; }\n'
+    (project.root / "tools/environment.sh").write_text(stub)
+    assert [project.run(gpu, "dsrnet_s").stderr for gpu in ("cpu", "0")] == ["yes\n", "no\n"]
+
+
+def test_what_does_not_answer_is_noticed(project):
+    executable(project.root / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    done = project.bash("-uc", ". tools/environment.sh; answers http://127.0.0.1:9/ || echo silent")
+    assert done.stdout == "silent\n" and done.stderr == ""
+
+
 def test_when_pip_fails_the_last_line_says_what_to_do(project):
     executable(
         project.root / ".venv" / "bin" / "python",
@@ -121,7 +189,7 @@ def test_when_pip_fails_the_last_line_says_what_to_do(project):
     done = project.run("cpu", "dsrnet_s", "x")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-2] == "no network"
-    assert done.stderr.splitlines()[-1].startswith("pip could not install requirements.txt into .venv (see above)")
+    assert done.stderr.splitlines()[-1].startswith("Could not install requirements.txt into .venv (see above)")
 
 
 def test_a_python_named_by_hand_must_work(project):
@@ -227,3 +295,40 @@ def test_nothing_is_imported_from_the_folder_it_is_called_in(project, tmp_path):
         ["bash", "-euc", script], cwd=tmp_path, env=project.environment, capture_output=True, text=True, timeout=60
     )
     assert "Installing" in done.stderr and not (tmp_path / "imported").exists(), done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_the_help_of_the_tests_only_helps(option, project):
+    (project.root / "tests").mkdir()
+    shutil.copy(ROOT / "tests/run.sh", project.root / "tests")
+    (project.root / "tools/environment.sh").unlink()
+    done = project.bash("tests/run.sh", option)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ./tests/run.sh")
+
+
+@pytest.mark.parametrize("effect", ["true", "exit 100"])
+def test_ci_gets_a_browser_or_goes_on_without(tmp_path, effect):
+    for name in (".ci/run", "tools/environment.sh"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    executable(tmp_path / "tests/run.sh", '#!/bin/sh\necho "tests: $*"\n')
+    for tool in ("bash", "sh", "dirname", "env"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    executable(tmp_path / "bin/id", "#!/bin/sh\necho 0\n")
+    executable(tmp_path / "bin/apt-get", f'#!/bin/sh\necho "$*" >>"{tmp_path}/log"\n{effect}\n')
+
+    def run() -> str:
+        done = subprocess.run(
+            [tmp_path / ".ci/run", "-k", "x"], env={"PATH": f"{tmp_path}/bin"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stderr == ""
+        return done.stdout
+
+    assert run() == "Running ./tests/run.sh\ntests: -k x\n"
+    log = (tmp_path / "log").read_text()
+    assert "update" in log and ("chromium chromium-driver" in log) == (effect == "true")
+    for name in ("chromium", "chromedriver"):
+        executable(tmp_path / "bin" / name, "#!/bin/sh\n")
+    run()
+    assert (tmp_path / "log").read_text() == log  # asked for nothing more

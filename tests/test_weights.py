@@ -6,14 +6,14 @@ import pickle
 import pytest
 import torch
 
-from models.arch import create_model
-from models.weights import load_weights
-from options import PRETRAINED
+from dereflect.models.arch import create_model
+from dereflect.models.weights import load_weights
+from dereflect.options import PRETRAINED
+from dereflect.tools import export
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 from tests.helpers import GOLDEN, published_state
-from tools import export
-from util import program
-from util.errors import UserError
-from util.run import checkpoint
 
 SHAPES = json.loads((GOLDEN / "state_dict_shapes.json").read_text())["dsrnet_s"]
 

@@ -5,11 +5,13 @@
     python tools/benchmark.py scan --shapes 2,128,50176 2,1024,784 --json scan.json --plot scan.png
     python tools/benchmark.py step                           a training step beside a plainly written network's
     python tools/benchmark.py step --inet dsrnet_l --batches 1 2 4 --variants bf16 bf16+compile bf16+checkpoint
+    python tools/benchmark.py step --against ../DSRNet       beside the published code's, out of a clone of it
     python tools/benchmark.py step --sizes 256 --variants bf16 --profile trace.json
     python tools/benchmark.py step --forward_only --inet mdsrnet_s --variants fp32 --sizes 64 128 256 512
     python tools/benchmark.py memory --inet dsrnet_s         peak memory over the size of the images
     python tools/benchmark.py data --nThreads 0 1 2          training samples a second
     python tools/benchmark.py eval --images 50               an evaluation beside its forward passes alone
+    python tools/benchmark.py metrics --size 544 416         the four measures beside the published computation
 
 Every comparison runs in one process with the competitors in turn, and medians are shown.
 """
@@ -21,23 +23,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
-from options.parser import Parser
-from util.program import run
+from dereflect.options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
+from dereflect.options.parser import Parser
+from dereflect.util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_scan, _add_step, _add_memory, _add_data, _add_eval):
+    for add in (_add_scan, _add_step, _add_memory, _add_data, _add_eval, _add_metrics):
         add(commands)
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     options.arguments = " ".join(arguments)
     module, function = options.run.split(".")
-    return getattr(importlib.import_module(f"tools.benchmarks.{module}"), function)(options)  # imports torch
+    return getattr(importlib.import_module(f"dereflect.tools.benchmarks.{module}"), function)(options)  # imports torch
 
 
 def _add_scan(commands) -> None:
@@ -141,6 +144,20 @@ def _add_eval(commands) -> None:
     _add_output(parser)
 
 
+def _add_metrics(commands) -> None:
+    parser = commands.add_parser(
+        "metrics",
+        help="PSNR, SSIM, LMSE and NCC beside the published computation",
+        description="Measures a random picture, in turn with scikit-image's PSNR and SSIM of every channel, NumPy's "
+        "NCC, and LMSE window by window, as the published code computes them.",
+    )
+    parser.set_defaults(run="metrics.run_metrics")
+    parser.add_argument("--size", nargs=2, type=positive_int, default=[544, 416], metavar=("WIDTH", "HEIGHT"),
+                        help="of the picture (default: 544 416)")  # fmt: skip
+    parser.add_argument("--repeats", type=positive_int, default=9, metavar="N", help="of each (default: 9)")
+    _add_output(parser)
+
+
 def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
     """What `step` and `memory` measure."""
     parser.add_argument("--inet", nargs="+", default=["dsrnet_s"], metavar="MODEL",
@@ -151,6 +168,9 @@ def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
                              "+checkpoint (activations computed again) and +sequential (Mamba's scan as a loop over "
                              "the pixels), such as bf16+compile; ratios are to the first "
                              "(default: plain fp32 bf16)")  # fmt: skip
+    parser.add_argument("--against", type=Path, metavar="FOLDER",
+                        help="a clone of a published DSRNet or MDSRNet repository: its network with our weights, in "
+                             "fp32 and with torch's default AdamW, comes first, and ratios are to it")  # fmt: skip
     parser.add_argument("--sizes", nargs="+", type=sixteens, default=sizes, metavar="PIXELS",
                         help="height and width of the images, multiples of 16 "
                              f"(default: {' '.join(map(str, sizes))})")  # fmt: skip

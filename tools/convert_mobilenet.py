@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import is_file
-from options.parser import Parser
-from util.program import run
+from dereflect.options.arguments import is_file
+from dereflect.options.parser import Parser
+from dereflect.util.program import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,9 +34,9 @@ def convert(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from models.mobilenet import WEIGHTS, MobileNetV2, SameConv2d
-    from util.errors import UserError
-    from util.run import checkpoint
+    from dereflect.models.mobilenet import WEIGHTS, MobileNetV2, SameConv2d
+    from dereflect.util.errors import UserError
+    from dereflect.util.run import checkpoint
 
     try:
         import tflite

@@ -51,12 +51,30 @@ except ImportError:
         sys.exit(1)
 
 
+def project(folder, extras):
+    """What pyproject.toml asks for: always, and for these extras."""
+    try:
+        import tomllib
+    except ImportError:
+        from pip._vendor import tomli as tomllib
+    told = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for line in [*told["dependencies"], *(line for extra in extras for line in told["optional-dependencies"][extra])]:
+        requirement = Requirement(line)
+        if requirement.name == told["name"]:
+            yield from project(folder, requirement.extras)
+        else:
+            yield requirement
+
+
 def requirements(path):
     for line in path.read_text(encoding="utf-8").splitlines():
         line = re.sub(r"(^|\s)#.*", "", line).strip()
         include = re.match(r"(?:-r|--requirement)[\s=]*(.+)", line)
+        this = re.match(r"-e\s*\.(?:\[(.+)\])?$", line)
         if include:
             yield from requirements(path.parent / include[1])
+        elif this:
+            yield from project(path.parent, (this[1] or "").replace(" ", "").split(",") if this[1] else [])
         elif line and not line.startswith("-"):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
@@ -109,6 +127,37 @@ make_venv() {
     }
 }
 
+# Installs requirements file $1 into .venv, by uv where that is there. With CPU_ONLY set, on Linux, torch comes from
+# PyTorch's index of builds without CUDA where that answers, and everything else from the usual one.
+install() {
+    local index=https://download.pytorch.org/whl/cpu size="6 GB" pip=pip torch='' quiet=''
+    [ "$(uname -s)" = Linux ] || size="2 GB"
+    if [ -n "${CPU_ONLY:-}" ] && [ "$(uname -s)" = Linux ] && answers "$index/torch/"; then
+        size="2 GB"
+        torch=$(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' "$ROOT/pyproject.toml")
+    fi
+    command -v uv >/dev/null && pip=uv
+    say "Installing ${1##*/} into .venv with $pip: about $size on the disk, some minutes"
+    [ -t 1 ] || quiet=--quiet
+    # shellcheck disable=SC2086 # a word for each requirement
+    [ -z "$torch" ] || "install_with_$pip" ${quiet:+"$quiet"} --index-url "$index" $torch || return
+    "install_with_$pip" ${quiet:+"$quiet"} -r "$1"
+}
+
+install_with_pip() { isolated "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check "$@"; }
+
+install_with_uv() { isolated uv pip install --python "$VENV/bin/python" "$@"; }
+
+# Whether an address answers within some seconds.
+answers() {
+    isolated "$VENV/bin/python" - "$1" <<'PYTHON' 2>/dev/null
+import sys
+import urllib.request
+
+urllib.request.urlopen(sys.argv[1], timeout=5).close()
+PYTHON
+}
+
 # Brings .venv to what requirements file $2 asks for, with interpreter $1 if it must be made. To be called with
 # file descriptor 9 open on a file, which is locked meanwhile.
 complete_venv() {
@@ -136,11 +185,8 @@ PYTHON
         make_venv "$1" || return
     fi
 
-    say "Installing ${2##*/} into .venv: several GB, some minutes"
-    local quiet=
-    [ -t 1 ] || quiet=--quiet
-    isolated "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check ${quiet:+"$quiet"} -r "$2" || {
-        say "pip could not install ${2##*/} into .venv (see above): check the network and the space on the disk," \
+    install "$2" || {
+        say "Could not install ${2##*/} into .venv (see above): check the network and the space on the disk," \
             "then start this again; if that is not it, remove .venv first"
         return 1
     }
@@ -164,7 +210,9 @@ use_environment() {
         why="no other Python of version 3.10 or newer was found"
     fi
 
-    if ! lacking "$VENV/bin/python" "$file" >/dev/null; then
+    if lacking "$VENV/bin/python" "$file" >/dev/null; then
+        why=
+    else
         if [ -z "$python" ]; then
             command -v python3 >/dev/null || apt_install python3 python3-venv
             python=$(find_python) || {
@@ -178,5 +226,5 @@ use_environment() {
         (complete_venv "$python" "$file") 9>>"$ROOT/tools/environment.sh" || return 1
     fi
     PYTHON=$VENV/bin/python
-    say "Python: .venv/bin/python, because $why"
+    say "Python: .venv/bin/python${why:+, because $why}"
 }

@@ -10,27 +10,30 @@ share of images whose PSNR_joint falls by more than 0.1 dB; median_gain is of PS
 stand two changes that cost nothing: a network that doesn't beat them has learnt to darken.
 """
 
+import functools
 import json
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_evaluate, separator_settings
-from util import disk, tables
-from util.program import run
-from util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
+from dereflect.options import parse_evaluate, separator_settings
+from dereflect.util import disk, tables
+from dereflect.util.program import run
+from dereflect.util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
 if TYPE_CHECKING:
-    from data.loader import Loader
-    from models.separator import Separator
-    from util.evaluation import Separated
-    from util.metrics import Distance
+    from dereflect.data.loader import Loader
+    from dereflect.models.separator import Separator
+    from dereflect.util.evaluation import Separated
+    from dereflect.util.metrics import Distance
 
 INPUT = "input"
 
@@ -62,11 +65,11 @@ def evaluate(options: Namespace) -> None:
     Raises:
         UserError: there is no test set, a file can't be used, or the results can't be written.
     """
-    import data
-    from models.separator import load_separator
-    from util.device import keep_freed_memory, set_deterministic
-    from util.evaluation import BASELINES
-    from util.metrics import load_lpips
+    from dereflect import data
+    from dereflect.models.separator import load_separator
+    from dereflect.util.device import keep_freed_memory, set_deterministic
+    from dereflect.util.evaluation import BASELINES
+    from dereflect.util.metrics import load_lpips
 
     set_deterministic(seed=0)
     keep_freed_memory()
@@ -104,9 +107,10 @@ def evaluate(options: Namespace) -> None:
         rows += [{"checkpoint": str(checkpoint), "set": n, **row} for n, found in measured.items() for row in found]
         if options.clean:
             clean |= measure_clean(separator, str(checkpoint), options.clean, not clean)
-    text = as_markdown(lines, warnings, options) + clean_as_markdown(clean)
-    print("\n" + text)
+    show = functools.partial(tables.as_text, left=1, width=tables.TERMINAL)
+    print("\n" + as_tables(lines, warnings, options, lambda rows: show(rows) + "\n") + clean_as_table(clean, show))
     if options.output:
+        text = as_tables(lines, warnings, options, tables.as_markdown) + clean_as_table(clean, tables.as_markdown)
         write(options, lines, rows, warnings, text)
 
 
@@ -144,8 +148,8 @@ def measure_set(
     Returns:
         Sorted by name: {"name": ..., "model": {metric: value}, "input": {metric: value}, baseline: ...}.
     """
-    from util.evaluation import estimates_of, judge, measure_images, pixels, separate_batches
-    from util.progress import track
+    from dereflect.util.evaluation import estimates_of, judge, measure_images, pixels, separate_batches
+    from dereflect.util.progress import track
 
     native = protocol == "native"
     predict = separator.predict if native else lambda image: separator.predict_whole(image.to(separator.device))
@@ -174,12 +178,12 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
     Raises:
         UserError: there is no photograph, or one can't be read.
     """
-    from data.folders import find_images
-    from util.errors import UserError
-    from util.evaluation import BASELINES
-    from util.images import read_image
-    from util.metrics import joint_psnr
-    from util.progress import track
+    from dereflect.data.folders import find_images
+    from dereflect.util.errors import UserError
+    from dereflect.util.evaluation import BASELINES
+    from dereflect.util.images import read_image
+    from dereflect.util.metrics import joint_psnr
+    from dereflect.util.progress import track
 
     files = find_images(folder)
     if not files:
@@ -196,7 +200,7 @@ def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bo
 
 def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str, list[dict]]) -> list[Line]:
     """A line for each set, one for all images and, if all published sets are there, one for their images."""
-    from util.evaluation import mean_over_images, mean_over_sets
+    from dereflect.util.evaluation import mean_over_images, mean_over_sets
 
     sets = {name: mean_over_images(rows) for name, rows in measured.items()}
     averaged = averaged_sets(sets)
@@ -210,8 +214,10 @@ def summarise(estimate: str, inet: str, epoch: int | None, measured: Mapping[str
     return lines
 
 
-def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespace) -> str:
-    """Tables of the measured figures and of the published ones."""
+def as_tables(
+    lines: Sequence[Line], warnings: Sequence[str], options: Namespace, form: Callable[[tables.Rows], str]
+) -> str:
+    """Tables of the measured figures and of the published ones, each made by `form`."""
     title = f"# {options.base_dir}, protocol {options.protocol}\n"
     parts = [title, "\n".join(f"{line}\n" for line in warnings)] if warnings else [title]
     titles = {line.set: f"{line.set} ({line.count})" for line in lines}
@@ -224,22 +230,22 @@ def as_markdown(lines: Sequence[Line], warnings: Sequence[str], options: Namespa
             line = found[estimate, AVERAGE]
             name = estimate + (f" ({line.inet})" if line.inet else "")
             rows.append([name, *(_figures([found[estimate, title].values[m] for m in pair], pair) for title in titles)])
-        parts += [tables.as_markdown([[" / ".join(pair), *titles.values()], *rows])]
+        parts += [form([[" / ".join(pair), *titles.values()], *rows])]
     averaged = [TEST_SETS[name] for name in AVERAGED_SETS]
     heads = [f"{known.title} ({known.images})" for known in averaged]
     heads.append(f"average ({sum(known.images for known in averaged)})")
     published = [[name, *(_figures(values, metrics[:2]) for values in sets)] for name, sets in FIGURES.items()]
-    parts += ["Published, by their authors:\n", tables.as_markdown([["PSNR / SSIM", *heads], *published])]
+    parts += ["Published, by their authors:\n", form([["PSNR / SSIM", *heads], *published])]
     return "\n".join(parts)
 
 
-def clean_as_markdown(clean: Mapping[str, Sequence[float]]) -> str:
-    """A table of `measure_clean`, or nothing."""
+def clean_as_table(clean: Mapping[str, Sequence[float]], form: Callable[[tables.Rows], str]) -> str:
+    """A table, made by `form`, of `measure_clean`, or nothing."""
     if not clean:
         return ""
     count = len(next(iter(clean.values())))
     rows = [[name, f"{statistics.mean(found):.1f}", f"{min(found):.1f}"] for name, found in clean.items()]
-    return "\n" + tables.as_markdown([[f"PSNR_joint of clean photographs ({count})", "mean", "worst"], *rows])
+    return "\n" + form([[f"PSNR_joint of clean photographs ({count})", "mean", "worst"], *rows])
 
 
 def _figures(values: Sequence[float | None], metrics: Sequence[str]) -> str:
@@ -275,5 +281,8 @@ def write(options: Namespace, lines: Sequence[Line], rows: Sequence[dict], warni
             path.write_text(content, encoding="utf-8")
 
 
+program = partial(run, main)
+"""The command `dereflect-evaluate` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

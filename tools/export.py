@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import roles
-from options.parser import WHAT, Parser
-from util.program import run
+from dereflect.options.arguments import roles
+from dereflect.options.parser import WHAT, Parser
+from dereflect.util.program import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,10 +37,10 @@ def export(source: Path, target: Path, half: bool = False) -> str:
     Raises:
         UserError: it can't be read or is of no network here, or the file can't be written.
     """
-    from models.arch import create_model
-    from models.weights import architecture_of, load_weights
-    from util.run import checkpoint
-    from util.run.reader import is_plain
+    from dereflect.models.arch import create_model
+    from dereflect.models.weights import architecture_of, load_weights
+    from dereflect.util.run import checkpoint
+    from dereflect.util.run.reader import is_plain
 
     content = checkpoint.load(source)
     name = architecture_of(content, str(source))

@@ -2,29 +2,32 @@
 
     python tools/infer.py photograph.jpg holiday/ --checkpoint checkpoints/dsrnet_s/best.pt -o separated
 
-From Python: `from tools.infer import load_separator, remove_reflection`; see `models.separator`.
+From Python: `from dereflect.tools.infer import load_separator, remove_reflection`; see `models.separator`.
 """
 
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import parse_infer, separator_settings
-from util.errors import UserError, printable
-from util.jobs import Job, Plan, find_jobs, status
-from util.program import Interrupted, run
+from dereflect.options import parse_infer, separator_settings
+from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError, printable
+from dereflect.util.jobs import Job, Plan, find_jobs, status
+from dereflect.util.program import Interrupted, run, starting
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.separator import Separator
-    from util.photographs import Photograph
-    from util.progress import Progress
+    from dereflect.models.separator import Separator
+    from dereflect.util.photographs import Photograph
+    from dereflect.util.progress import Progress
 
 _PART = {"t": "transmission", "r": "reflection", "residue": "residue"}
 
@@ -33,7 +36,7 @@ def __getattr__(name: str):
     """Names of `models.separator` for Python programs; imported on demand, so that --help is fast."""
     if name not in {"Separation", "Separator", "load_separator", "remove_reflection"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models import separator
+    from dereflect.models import separator
 
     return getattr(separator, name)
 
@@ -57,9 +60,6 @@ def infer(options: Namespace) -> int:
     Raises:
         UserError: a path names no photograph, or the network can't be loaded.
     """
-    from util.device import release_freed_memory
-    from util.progress import Progress
-
     plan = find_jobs(options)
     todo, skipped, problems = _todo(plan, options)
     for line in problems:
@@ -67,7 +67,11 @@ def infer(options: Namespace) -> int:
     began = time.monotonic()
     done, failed = 0, len(problems)
     if todo:
-        separator = _load(options)
+        with starting():
+            separator = _load(options)
+        from dereflect.util.device import release_freed_memory
+        from dereflect.util.progress import Progress
+
         progress = Progress("separating", len(todo))
         for job in todo:
             made, whole = _try(separator, job, progress)
@@ -87,12 +91,12 @@ def _try(separator: "Separator", job: Job, progress: "Progress") -> tuple[bool, 
 
     def refuse(line: str) -> None:
         refused.append(line)
-        progress.log(f"error: {line}")
+        progress.log(f"error: {line}", wrong=True)
 
     try:
         separate_file(separator, job, refuse, lambda line: progress.log(f"note: {printable(job.source)}: {line}"))
     except UserError as error:
-        progress.log(f"error: {error}")
+        progress.log(f"error: {error}", wrong=True)
         return False, False
     return True, not refused
 
@@ -113,7 +117,7 @@ def _todo(plan: Plan, options: Namespace) -> tuple[list[Job], int, list[str]]:
     Raises:
         UserError: the format that was asked for can't be written here.
     """
-    from util.photographs import check_format
+    from dereflect.util.photographs import check_format
 
     if options.format:
         check_format(options.format)
@@ -139,6 +143,7 @@ def separate_file(
     job: Job,
     refuse: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
+    watch: Callable[[Iterable, int], Iterable] | None = None,
 ) -> "Photograph":
     """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
 
@@ -148,6 +153,7 @@ def separate_file(
         refuse: called, before anything is computed, with a line for each file that the format can't hold; the others
             are made. Without it, and where there are no others, that is an error.
         note: called with a line for everything that the photograph's file says and that is left out.
+        watch: as of `models.tiles.blend`; without it, progress is shown on the terminal.
 
     Returns:
         The photograph.
@@ -157,8 +163,8 @@ def separate_file(
     """
     import numpy as np
 
-    from util.photographs import as_type, depth_of, read_photograph, write_photograph
-    from util.progress import track
+    from dereflect.util.photographs import as_type, depth_of, read_photograph, write_photograph
+    from dereflect.util.progress import track
 
     photograph = read_photograph(job.source)
     job = _fitting(job, photograph, refuse)
@@ -173,10 +179,10 @@ def separate_file(
         images = {kind: np.empty((height, width, 3), depth) for kind in job.outputs}
     kinds = [kind for kind in images if kind in _PART]
 
-    def watch(places: list, total: int) -> Iterable:
+    def show(places: Iterable, total: int) -> Iterable:
         return track(places, f"{job.source.name}, tiles", total, quiet=total == 1)
 
-    for top, bands in separator.bands(photograph.pixels, [_PART[kind] for kind in kinds], watch):
+    for top, bands in separator.bands(photograph.pixels, [_PART[kind] for kind in kinds], watch or show):
         for kind, band in zip(kinds, bands, strict=True):
             shown = band / 2 + 0.5 if kind == "residue" else band
             images[kind][top : top + len(band)] = _quantised(shown, depth)
@@ -194,7 +200,7 @@ def separate_file(
 
 def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] | None) -> Job:
     """The job without the files that the format can't hold."""
-    from util.photographs import check_fits, check_format
+    from dereflect.util.photographs import check_fits, check_format
 
     check_format(job.form)
     height, width = photograph.pixels.shape[:2]
@@ -213,11 +219,14 @@ def _fitting(job: Job, photograph: "Photograph", refuse: Callable[[str], None] |
 
 
 def _load(options: Namespace) -> "Separator":
-    from models.separator import load_separator
-    from util.device import keep_freed_memory
+    import numpy as np
+
+    from dereflect.models.separator import load_separator
+    from dereflect.util.device import keep_freed_memory
 
     keep_freed_memory()
     separator = load_separator(options.checkpoint, **separator_settings(options))
+    separator.separate(np.zeros((STRIDE, STRIDE, 3), np.uint8))  # loads the compiled kernels
     print(f"{separator.inet} on {separator.device}, tiles of {separator.tile} pixels", flush=True)
     return separator
 
@@ -230,5 +239,8 @@ def _quantised(band: "np.ndarray", depth: "np.dtype") -> "np.ndarray":
     return (np.clip(band, 0, 1) * peak + 0.5).astype(depth)
 
 
+program = partial(run, main)
+"""The command `dereflect` of the installed package."""
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(program())

@@ -24,13 +24,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import natural_float, positive_int
-from options.parser import Parser
-from util import tables
-from util.errors import UserError
-from util.program import run
+from dereflect.options.arguments import natural_float, positive_int
+from dereflect.options.parser import Parser
+from dereflect.util import tables
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +67,7 @@ def show(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such model, or a file can't be read or written.
     """
-    from models.arch import list_models
+    from dereflect.models.arch import list_models
 
     unknown = [name for name in options.models if name not in list_models()]
     if unknown:
@@ -83,7 +84,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def _print_costs(name: str, height: int, width: int, depth: int) -> None:
-    from tools.inspection.costs import costs
+    from dereflect.tools.inspection.costs import costs
 
     found = costs(name, height, width, depth)
     pixels = height * width
@@ -101,7 +102,7 @@ def _print_costs(name: str, height: int, width: int, depth: int) -> None:
 
 
 def _draw(options: argparse.Namespace) -> None:
-    from tools.inspection import field
+    from dereflect.tools.inspection import field
 
     size = math.ceil(options.field_size / 16) * 16
     hold = options.hold_features

@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options import PUBLISHED_DATA
-from options.arguments import positive_int
-from options.parser import Parser
-from util.program import run
+from dereflect.options import PUBLISHED_DATA
+from dereflect.options.arguments import positive_int
+from dereflect.options.parser import Parser
+from dereflect.util.program import run
 
 MIRROR = "https://checkpoints.mingjia.li/sirs.zip"
 
@@ -29,19 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Each command imports what it needs: --help answers at once.
     if options.command == "check":
-        from tools.preparation.check import check
+        from dereflect.tools.preparation.check import check
 
         return check(options.folder, options.published)
     if options.command == "unpack":
-        from tools.preparation.archive import unpack
+        from dereflect.tools.preparation.archive import unpack
 
         unpack(options.archive, options.folder, options.max_gb * 10**9)
     elif options.command == "download":
-        from tools.preparation.download import download
+        from dereflect.tools.preparation.download import download
 
         download(options.url, options.file)
     else:
-        from tools.preparation import convert
+        from dereflect.tools.preparation import convert
 
         {"voc": convert.voc, "real20": convert.real20}[options.command](options.source, options.base_dir)
     return 0

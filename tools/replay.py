@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import train_parser
-from options.parser import Parser
-from util.errors import UserError
-from util.program import run
+from dereflect.options.arguments import train_parser
+from dereflect.options.parser import Parser
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,8 +36,8 @@ def replay(options: argparse.Namespace) -> None:
     """
     import torch
 
-    from models.arch.blocks import Block
-    from util.run import checkpoint
+    from dereflect.models.arch.blocks import Block
+    from dereflect.util.run import checkpoint
 
     state = checkpoint.load(options.file)
     if not {"batch", "names", "network", "inet", "options"} <= state.keys():
@@ -78,14 +79,15 @@ def _model(state: dict, vgg_weights: str | None):
     """The model that the run trained, with the weights of the step; options newer than the run have their defaults."""
     import torch
 
-    from models import build_model
-    from util.device import wants_bf16
+    from dereflect.models import build_model, check_backends
+    from dereflect.util.device import wants_bf16
 
     recorded = {action.dest: action.default for action in train_parser()._actions} | state["options"]
     recorded |= {"weight_path": None, "checkpoint_activations": False}  # the weights are those of the step
     recipe = argparse.Namespace(**recorded)
     recipe.vgg_weights = vgg_weights or recipe.vgg_weights
     model = build_model(recipe, wants_bf16(recipe.precision, torch.device("cpu")))
+    check_backends(model.network, "cpu")
     model.network.load_state_dict(state["network"])
     return model
 

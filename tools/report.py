@@ -15,12 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import gpu_list, positive_int
-from options.parser import Parser
-from util.errors import UserError
-from util.program import run
+from dereflect.options.arguments import gpu_list, positive_int
+from dereflect.options.parser import Parser
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,16 +51,16 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UserError: it is no run, its data or weights are missing, or the page can't be written.
     """
-    from tools.reports import page
-    from tools.reports.curves import curves
-    from util.run.reader import is_run, read_run
+    from dereflect.tools.reports import page
+    from dereflect.tools.reports.curves import curves
+    from dereflect.util.run.reader import is_run, read_run
 
     if not options.run.is_dir() or not is_run(options.run):
         raise UserError(f"{options.run}: not the folder of a run; train_sirs.py leaves one under --checkpoints_dir")
     run = read_run(options.run)
     shown, source = (), "none"
     if options.pictures != "none":
-        from tools.reports.pictures import of_run  # imports torch
+        from dereflect.tools.reports.pictures import of_run  # imports torch
 
         shown, source = of_run(run, options)
     path = options.output or options.run / "report.html"

@@ -18,15 +18,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # started as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from options.arguments import roles, train_parser
-from options.config import DEMO_RECIPE
-from options.parser import FROM, WHAT, Parser
-from util import disk, tables
-from util.errors import UserError
-from util.program import run
-from util.published import AVERAGED_SETS
+from dereflect.options.arguments import roles, train_parser
+from dereflect.options.config import demo_defaults
+from dereflect.options.parser import FROM, WHAT, Parser
+from dereflect.util import disk, tables
+from dereflect.util.errors import UserError
+from dereflect.util.program import run
+from dereflect.util.published import AVERAGED_SETS
 
 _COLUMNS = {"inet", "seed", "nEpochs"}  # options with a column of their own
 _SORTS = ("average", "published", "best_by_test", "hours", "disk", "name", "model")
@@ -54,7 +55,7 @@ def summarize(options: argparse.Namespace) -> None:
     Raises:
         UserError: there are no runs, there is no such key to sort by, or a file can't be written.
     """
-    from util.run.reader import find_runs, read_run
+    from dereflect.util.run.reader import find_runs, read_run
 
     rows = [row(read_run(folder), options.folder) for folder in find_runs(options.folder)]
     sets = test_sets(rows)
@@ -81,7 +82,7 @@ def row(run, root: Path) -> dict:
         "recipe": recipe(run.options),
         "seed": run.options.get("seed"),
         "status": "; ".join(run.problems) or ("finished" if run.is_finished else "unfinished"),
-        "epochs": run.epochs[-1] if run.epochs else 0,
+        "epochs": run.epochs_done,
         "epochs_wanted": run.epochs_wanted,
         "epoch": epoch,
         "picked_by": by,
@@ -108,7 +109,7 @@ def recipe(options: dict[str, object]) -> str:
         key = action.dest
         if roles().get(key) not in (WHAT, FROM) or key in _COLUMNS or key not in options:
             continue
-        default = DEMO_RECIPE.get(key, action.default) if options.get("demo") else action.default
+        default = demo_defaults().get(key, action.default) if options.get("demo") else action.default
         value = options[key]
         if value != default:
             changed.append(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else _short(value)}")
@@ -215,9 +216,9 @@ def notes(rows: list[dict]) -> list[str]:
 
 
 def terminal_table(rows: list[dict], sets: list[str]) -> str:
-    """Aligned columns; long texts are cut, control characters become '?'."""
+    """Aligned columns, below each other where they are too wide; long texts are cut, control characters become '?'."""
     cells = _cells(rows, sets, _for_terminal)
-    return tables.as_text(cells)
+    return tables.as_text(cells, width=tables.TERMINAL)
 
 
 def markdown_table(rows: list[dict], sets: list[str]) -> str:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from options.arguments import STRIDE
-from util.errors import UserError
+from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError
 
 _LEAST_CROP = 64  # pixels: smaller training crops are not worth suggesting
 _LIMITS = (  # of this process's control group: limit, use

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 _LONGEST_NAME = 255  # bytes
 _TEMPORARY = ".tmp-"  # hidden, and before the name, so that the suffix still tells the kind of file
@@ -55,13 +55,20 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def fitting(name: str, end: str = "") -> str:
+    """A file's name and its end, such as a suffix; a hash stands for the name if that would be too long for a disk."""
+    if len(os.fsencode(name + end)) <= _LONGEST_NAME:
+        return name + end
+    return hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest() + end
+
+
 def _temporary_name(path: Path) -> str:
     """A name beside that of `path` and not longer than file systems allow, if that of `path` isn't."""
-    name = f"{_TEMPORARY}{os.getpid()}-{path.name}"
-    if len(os.fsencode(name)) <= _LONGEST_NAME:
-        return name
+    begin = f"{_TEMPORARY}{os.getpid()}-"
+    if len(os.fsencode(begin + path.name)) <= _LONGEST_NAME:
+        return begin + path.name
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
-    return f"{_TEMPORARY}{os.getpid()}-{digest}{path.suffix[-16:]}"
+    return f"{begin}{digest}{path.suffix[-16:]}"
 
 
 def read_regular(path: Path, most: int = 1 << 28) -> bytes:

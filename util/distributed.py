@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from util import disk
-from util.device import choose_device
-from util.errors import UserError
+from dereflect.util import disk
+from dereflect.util.device import choose_device
+from dereflect.util.errors import UserError
 
 _PATIENCE = timedelta(minutes=20)  # waits for a process that is alive but late: it may compile, or write slowly
 _BEAT = 5.0  # seconds between two signs of life
@@ -86,6 +87,9 @@ class World:
         """The model, with its gradients averaged over all processes."""
         if self.size == 1:
             return model
+        for parameter in model.parameters():
+            if parameter.requires_grad and 1 in parameter.shape:
+                parameter.register_hook(partial(_restride, parameter.stride()))
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def barrier(self) -> None:
@@ -119,6 +123,18 @@ class World:
         """Leave the group of processes."""
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def _restride(wanted: tuple[int, ...], gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient with the strides of its parameter, where the two only differ in dimensions of size 1.
+
+    There a stride means nothing, and every operation chooses its own. DistributedDataParallel, however, compares all
+    strides, and copies a gradient that has others, with a warning.
+    """
+    pairs = zip(wanted, gradient.stride(), gradient.shape, strict=True)
+    if any(stride != own and size != 1 for stride, own, size in pairs):
+        return gradient
+    return gradient.as_strided(gradient.shape, wanted)
 
 
 def join(gpu_ids: list[int] | None) -> World:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import disk
-from util.device import release_freed_memory
-from util.images import write_image
-from util.metrics import aligned_psnr, joint_psnr, quality_assess
+from dereflect.util import disk
+from dereflect.util.device import release_freed_memory
+from dereflect.util.images import write_image
+from dereflect.util.metrics import aligned_psnr, joint_psnr, quality_assess
 
 BASELINES: dict[str, Callable] = {"gamma 1.2": lambda image: image**1.2, "times 0.9": lambda image: 0.9 * image}
 """Changes of the mixture that cost nothing; (3, H, W) or (H, W, 3) in 0..1."""
@@ -64,12 +64,16 @@ def separate_batches(batches: Iterable[dict], predict: Callable[[Tensor], tuple[
             yield Separated(name, mixture, *parts, target_t, target_r)
 
 
-def measure(one: Separated) -> dict[str, dict[str, float]]:
-    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255."""
+def measure(one: Separated, untouched: dict[str, float] | None = None) -> dict[str, dict[str, float]]:
+    """Metrics of the "model" and of the untouched "input", against the true transmission, in 0..255.
+
+    Args:
+        untouched: the input's metrics, where they are known.
+    """
     target = pixels(one.target_t)
     return {
         "model": quality_assess(pixels(one.transmission.clamp(0, 1)), target),
-        "input": quality_assess(pixels(one.mixture), target),
+        "input": untouched or quality_assess(pixels(one.mixture), target),
     }
 
 

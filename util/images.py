@@ -11,10 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from util import disk
-from util.errors import UserError, printable
-from util.formats import SUFFIXES, Picture, RefusedError, Source, open_picture
-from util.formats.picture import TURNS, turned_box, upright
+from dereflect.util import disk
+from dereflect.util.errors import UserError, printable
+from dereflect.util.formats import SUFFIXES, Picture, RefusedError, Source, open_picture
+from dereflect.util.formats.picture import TURNS, turned_box, upright
 
 JPEG_QUALITY = 95
 
@@ -23,7 +23,7 @@ _MOST_BYTES = 2**31  # of a file, as some formats are read as a whole
 __all__ = ["JPEG_QUALITY", "SUFFIXES", "check_image", "opened", "read_image", "read_rgb", "write_image"]
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """Any image file as RGB, at full precision.
 
     Orientation (EXIF) is applied; grey, palette and CMYK become RGB; transparency is dropped; 16-bit files
@@ -43,7 +43,7 @@ def read_image(path: Path) -> np.ndarray:
         return np.divide(upright(colours, picture.orientation()), 65535, dtype=np.float32)
 
 
-def read_rgb(path: Path, least: int = 0) -> Image.Image:
+def read_rgb(path: str | Path, least: int = 0) -> Image.Image:
     """Any image file as an 8-bit RGB PIL image: what `read_image` gives, in the form that PIL resizes.
 
     Args:
@@ -62,7 +62,7 @@ def read_rgb(path: Path, least: int = 0) -> Image.Image:
         return _turned(picture, picture.rgb(tuple(math.ceil(side * scale) for side in picture.size) if least else None))
 
 
-def write_image(path: Path, array: np.ndarray) -> None:
+def write_image(path: str | Path, array: np.ndarray) -> None:
     """Write an RGB image in the format that the file's suffix names.
 
     Args:
@@ -73,14 +73,14 @@ def write_image(path: Path, array: np.ndarray) -> None:
         UserError: the file cannot be written, or no format has that suffix.
     """
     image = Image.fromarray(array if array.dtype == np.uint8 else (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8))
-    with disk.replacing(path) as temporary:
+    with disk.replacing(Path(path)) as temporary:
         try:
             image.save(temporary, quality=JPEG_QUALITY)
         except ValueError as error:
             raise UserError(f"{path}: cannot be written: {error}") from error
 
 
-def check_image(path: Path, decoded: bool = False) -> tuple[int, int]:
+def check_image(path: str | Path, decoded: bool = False) -> tuple[int, int]:
     """Check that an image is whole.
 
     Args:
@@ -102,7 +102,7 @@ def check_image(path: Path, decoded: bool = False) -> tuple[int, int]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Picture]:
+def opened(path: str | Path) -> Iterator[Picture]:
     """The picture in a file, whatever goes wrong within becoming a UserError that names the file.
 
     Nothing but a file is opened, and none is mapped into memory: one that someone cuts short would end this process.

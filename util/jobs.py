@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from util.errors import UserError, printable
+from dereflect.util.errors import UserError, printable
 
 KINDS = ("t", "r", "residue", "sidebyside")
 """What can be made of a photograph: the ends of the files' names."""
@@ -117,7 +117,7 @@ def _nothing(path: str, search: Search) -> str:
 
 def _sources(path: str, several: bool, search: Search) -> list[Source]:
     """The photographs of one path; of several folders, each has a folder of its own name for its results."""
-    from util.formats import SUFFIXES, UNREAD_SUFFIXES
+    from dereflect.util.formats import SUFFIXES, UNREAD_SUFFIXES
 
     if not path:
         raise UserError("'': an empty path names no photograph")
@@ -173,7 +173,7 @@ def find_jobs(options: Namespace) -> Plan:
     Raises:
         UserError: a path leads to no photograph.
     """
-    from util.photographs import format_of, suffix_for
+    from dereflect.util.photographs import format_of, suffix_for
 
     search = find_photographs(options.paths)
     siblings: dict[Path, list[Path]] = {}
@@ -217,7 +217,7 @@ def find_jobs(options: Namespace) -> Plan:
 
 def _pictures(folder: Path) -> list[Path]:
     """The files of a folder that may be photographs, none if it can't be read."""
-    from util.formats import SUFFIXES
+    from dereflect.util.formats import SUFFIXES
 
     try:
         return [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."]

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from util import disk
-from util.errors import UserError
-from util.formats import NO_HEIC, SUFFIXES, exif, ifd, png, prepare_heic
-from util.formats import jpeg as jpegs
-from util.formats.picture import as_type, upright
-from util.images import JPEG_QUALITY, opened
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.formats import NO_HEIC, SUFFIXES, exif, ifd, png, prepare_heic
+from dereflect.util.formats import jpeg as jpegs
+from dereflect.util.formats.picture import as_type, upright
+from dereflect.util.images import JPEG_QUALITY, opened
 
 FORMATS = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp", "heic": ".heic"}
 """What can be written, and the usual suffix."""
@@ -37,6 +37,7 @@ _BY_SUFFIX = {suffix: name for name, suffix in FORMATS.items()} | {
 }  # fmt: skip
 _WITH_ALPHA = {"png", "webp", "tiff", "heic"}
 _DEEP = {"png", "tiff"}
+_PNG_EFFORT = 4  # 3 % larger than with the usual 6, in two fifths of the time
 _MOST_ICC = 2**24 - 2**18  # bytes of a profile that a JPEG can hold, in 255 segments
 
 
@@ -169,7 +170,7 @@ def _encode(file: BinaryIO, pixels: np.ndarray, like: Photograph, form: str) -> 
         told = PngInfo()
         if like.xmp:
             told.add(b"iTXt", _xmp_text(like.xmp))
-        Image.fromarray(pixels).save(file, "PNG", pnginfo=told, **about)
+        Image.fromarray(pixels).save(file, "PNG", pnginfo=told, compress_level=_PNG_EFFORT, **about)
     elif form == "jpeg":
         xmp = jpegs.xmp_segment(like.xmp) if like.xmp else None
         Image.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0, extra=xmp or b"", **about)

@@ -1,26 +1,32 @@
 """How every program starts and ends: its streams, the signals, one line for an error, the exit status."""
 
+import atexit
 import contextlib
 import errno
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TextIO
 
-from util.errors import UserError, printable
+from dereflect.util.errors import UserError, printable
 
 _ROOT = Path(__file__).resolve().parents[1]
 
-# Ctrl-C; kill, Slurm's scancel and the end of its time limit; a closed terminal; what --signal sends before either.
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What ends a program: Ctrl-C; kill, Slurm's scancel and the end of its time limit; a closed terminal; what --signal
+sends before either."""
 # What is wrong with a path that was named, wherever it is looked at first: a name that is too long, links in a circle,
 # a folder that may not be searched.
 _OF_PATHS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 _SAME = 1.0  # signals within this many seconds count as one: torchrun passes on what its processes have received, too
+
+
+atexit.register(gc.freeze)  # an ending process would look for garbage among all objects, for a third of a second
 
 
 def run(
@@ -41,6 +47,7 @@ def run(
         requirements: the file that lists the packages the program needs.
     """
     _keep_streams_open()
+    _wait_patiently()
     try:
         with Interrupt(at_once=True):
             return main(argv) or 0
@@ -61,6 +68,26 @@ def run(
         number = getattr(stop, "number", signal.SIGINT)
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
+
+
+def _wait_patiently() -> None:
+    """Have threads that wait for each other spin a thirtieth as long as is usual before they sleep.
+
+    Where other programs want the processors, too, the thread that is waited for may not be running; spinning then takes
+    the time that it needs. GNU's OpenMP, torch's on Linux, reads this when torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Nothing is taken for garbage within: a program's imports make half a million objects, which all stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _fail(message: str) -> int:
@@ -149,9 +176,8 @@ class Interrupt:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interrupt":
-        for name in _SIGNALS:
-            number = getattr(signal, name)
-            if name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
-from util.errors import printable
+from dereflect.util.errors import printable
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -42,11 +42,12 @@ class Progress:
             left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
             print(f"{self.title}: {self.done}/{self.total}, {_minutes(left)} left  {message}", flush=True)
 
-    def log(self, text: str) -> None:
-        """Print a line of its own."""
+    def log(self, text: str, wrong: bool = False) -> None:
+        """Print a line of its own; what is wrong goes to stderr."""
         if not self.quiet:
-            tqdm.write(text)
-            sys.stdout.flush()
+            file = sys.stderr if wrong else sys.stdout
+            tqdm.write(text, file=file)
+            file.flush()
 
     def close(self) -> None:
         """Remove the bar."""

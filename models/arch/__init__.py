@@ -4,9 +4,9 @@ import inspect
 import sys
 from functools import partial
 
-from models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
-from models.arch.dsrnet import DSRNet
-from models.arch.mamba import Order
+from dereflect.models.arch.blocks import Block, MuGI, MuGIM, MuGIM2, MuGIMA, MuGIMG
+from dereflect.models.arch.dsrnet import DSRNet
+from dereflect.models.arch.mamba import Order
 
 _SMALL = {"width": 32, "encoder": (2, 2, 2), "middle": 4, "decoder": (2, 2, 2), "split": True}
 _MEDIUM = {"width": 64, "encoder": (2, 2, 2, 2), "middle": 4, "decoder": (2, 2, 2, 2), "split": False}
@@ -86,6 +86,11 @@ def dsrnet_m() -> DSRNet:
 def dsrnet_l() -> DSRNet:
     """DSRNet of the ICCV 2023 paper: 124.6 M parameters."""
     return DSRNet(**_LARGE)
+
+
+def dsrnet_l_nature() -> DSRNet:
+    """dsrnet_l as published with the nature pairs: two blocks fewer in the residue module, 123.7 M parameters."""
+    return DSRNet(**_LARGE, residue=(2, 2))
 
 
 def mdsrnet_s() -> DSRNet:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.arch.fused import Gate, expand_and_gate, gate_project_add, norm_project, residual_step
-from models.arch.mamba import ImageMamba, Order
+from dereflect.models.arch.fused import Gate, expand_and_gate, gate_project_add, norm_project, residual_step
+from dereflect.models.arch.mamba import ImageMamba, Order
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch.blocks import NAF, Block, MuGI
-from models.arch.fused import Conv1x1
-from models.arch.head import ColourHead, DetailHead
-from models.arch.lrm import LearnableResidue
-from models.features import CHANNELS, Kind
-from options.arguments import STRIDE
+from dereflect.models.arch.blocks import NAF, Block, MuGI
+from dereflect.models.arch.fused import Conv1x1
+from dereflect.models.arch.head import ColourHead, DetailHead
+from dereflect.models.arch.lrm import LearnableResidue
+from dereflect.models.features import CHANNELS, Kind
+from dereflect.options.arguments import STRIDE
 
 MakeBlock = Callable[[int, bool], nn.Module]
 """block(channels, split) makes a dual-stream block, (2B, C, H, W) -> (2B, C, H, W)."""

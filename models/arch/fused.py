@@ -19,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models import passes
-from models.arch import step
+from dereflect.models import passes
+from dereflect.models.arch import step
 
 Gate = Literal["none", "self", "mutual"]
 
@@ -44,7 +44,7 @@ def residual_step(
         d = d if depthwise is None else depthwise(d)
         return gate_project_add(d, x, project, scale, gate, attention)
     projection = step.Projection(*_parameters(attention), *_parameters(project), scale)
-    how = step.How((len(x), *x.shape[2:]), norm.eps, gate, backend)
+    how = step.How((x.shape[0], *x.shape[2:]), norm.eps, gate, backend)
     return _image(step.residual_step(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), projection, how), x)
 
 
@@ -54,7 +54,7 @@ def expand_and_gate(x: Tensor, norm: torch.nn.LayerNorm, expand: torch.nn.Conv2d
     backend = passes.chosen_backend(x, dtype)
     if backend is None:
         return mutual_gate(depthwise(norm_project(x, norm, expand)))
-    how = step.How((len(x), *x.shape[2:]), norm.eps, "mutual", backend)
+    how = step.How((x.shape[0], *x.shape[2:]), norm.eps, "mutual", backend)
     return _image(step.expand_and_gate(_rows(x.to(dtype)), _expansion(norm, expand, depthwise), how), x)
 
 
@@ -94,7 +94,7 @@ def norm_project(x: Tensor, norm: torch.nn.LayerNorm, conv: torch.nn.Conv2d) -> 
         (N, conv.out_channels, H, W), channels_last.
     """
     x, norm_weight, norm_bias, weight, bias = _cast(x, norm.weight, norm.bias, conv.weight, conv.bias)
-    rows = _NormProject.apply(_rows(x), norm_weight, norm_bias, norm.eps, weight.flatten(1), bias)
+    rows = _apply(_NormProject, _rows(x), norm_weight, norm_bias, norm.eps, weight.flatten(1), bias)
     return _image(rows, x)
 
 
@@ -128,15 +128,14 @@ def gate_project_add(
     if attention is not None:
         _, squeeze_weight, squeeze_bias = _cast(d, attention.weight.flatten(1), attention.bias)
     n, _, h, w = d.shape
-    rows = _GateProjectAdd.apply(
-        _rows(d), _rows(residual), weight.flatten(1), bias, scale, squeeze_weight, squeeze_bias, gate, n
-    )
+    weights = weight.flatten(1), bias, scale, squeeze_weight, squeeze_bias
+    rows = _apply(_GateProjectAdd, _rows(d), _rows(residual), *weights, gate, n)
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
 def mutual_gate(d: Tensor) -> Tensor:
     """The mutual gate alone: (2B, 2C, H, W), transmissions first, to (2B, C, H, W); keeps d only."""
-    return _image(_MutualGate.apply(_rows(d)), d)
+    return _image(_apply(_MutualGate, _rows(d)), d)
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
@@ -178,7 +177,7 @@ def _gate_forward(d: Tensor, gate: Gate) -> Tensor:
     if gate == "self":
         return u * v
     g = torch.empty_like(u, memory_format=torch.contiguous_format)
-    m = len(d) // 2
+    m = d.shape[0] // 2
     _multiply(u[:m], v[m:], g[:m])
     _multiply(u[m:], v[:m], g[m:])
     return g
@@ -194,11 +193,25 @@ def _gate_backward(grad: Tensor, d: Tensor, gate: Gate) -> Tensor:
         _multiply(grad, v, grad_u)
         _multiply(grad, u, grad_v)
         return out
-    m = len(d) // 2
+    m = d.shape[0] // 2
     for mine, other in ((slice(m), slice(m, None)), (slice(m, None), slice(m))):
         _multiply(grad[mine], v[other], grad_u[mine])
         _multiply(grad[other], u[other], grad_v[mine])
     return out
+
+
+class _KeepsNothing:
+    """Stands for autograd's context where no gradient is wanted."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        pass
+
+
+def _apply(function: type[Function], *arguments) -> Tensor:
+    """The function, with autograd only where a gradient is wanted."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return function.apply(*arguments)
+    return function.forward(_KeepsNothing(), *arguments)
 
 
 class _MutualGate(Function):

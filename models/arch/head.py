@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch.fused import Conv1x1
+from dereflect.models.arch.fused import Conv1x1
 
 
 class ColourHead(nn.Conv2d):

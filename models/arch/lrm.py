@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from models.arch.blocks import NAF, MuGI
-from models.arch.fused import Conv1x1
+from dereflect.models.arch.blocks import NAF, MuGI
+from dereflect.models.arch.fused import Conv1x1
 
 
 class LearnableResidue(nn.Module):

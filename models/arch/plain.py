@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.arch.blocks import MuGI
-from models.arch.dsrnet import DSRNet
+from dereflect.models.arch.blocks import MuGI
+from dereflect.models.arch.dsrnet import DSRNet
 
 
 def plain_forward(net: DSRNet, mixture: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

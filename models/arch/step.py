@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models import passes
+from dereflect.models import passes
 
 FEW_PIXELS = 4096  # of an image, under which one batched product is faster than a product for each image
 

@@ -12,8 +12,8 @@ They are registered torch operators with two backends, modules with the same fun
 `operator.py` holds the operators, `backends.py` chooses who computes them.
 """
 
-from models.passes.backends import BACKENDS, chosen_backend, set_backend, why_not
-from models.passes.operator import depthwise, depthwise_backward, gate, gate_backward, norm, norm_backward
+from dereflect.models.passes.backends import BACKENDS, chosen_backend, set_backend, why_not, why_refused
+from dereflect.models.passes.operator import depthwise, depthwise_backward, gate, gate_backward, norm, norm_backward
 
 __all__ = [
     "BACKENDS",
@@ -26,4 +26,5 @@ __all__ = [
     "norm_backward",
     "set_backend",
     "why_not",
+    "why_refused",
 ]

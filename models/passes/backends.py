@@ -34,6 +34,20 @@ def set_backend(name: str | None) -> None:
     _asked_for = name
 
 
+def why_refused(requested: str | None, device: str) -> str | None:
+    """What is wrong with the requested backend or, without a request, with that of PASSES_BACKEND; None if nothing is.
+
+    On devices other than the CPU nothing is: they have no passes of their own, see `chosen_backend`.
+    """
+    name = requested or os.environ.get("PASSES_BACKEND") or "auto"
+    source = "" if requested else "PASSES_BACKEND "
+    if name not in BACKENDS:
+        return f"{source}{name}: there is no such backend of the passes; there are {', '.join(BACKENDS)}"
+    if name == "cpu" and device == "cpu" and (reason := why_not()):
+        return f"{source}cpu: numba's passes can't run: {reason}"
+    return None
+
+
 def chosen_backend(x: Tensor, dtype: torch.dtype) -> str | None:
     """The backend for activations `x` that are computed with in `dtype`; None: the blocks are left to plain torch.
 
@@ -56,7 +70,7 @@ def chosen_backend(x: Tensor, dtype: torch.dtype) -> str | None:
 
 def backend_module(name: str) -> ModuleType:
     """The module behind a backend; importing it may fail with what it needs."""
-    return importlib.import_module(f"models.passes.{name}")
+    return importlib.import_module(f"dereflect.models.passes.{name}")
 
 
 @cache

@@ -9,10 +9,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from models.compiled.threads import in_huge_pages, run_tasks
-from models.compiled.vector import LANES, ROW
-from models.passes import kernels
-from models.passes.kernels import PIXELS, STRIP, SUMS, TILE
+from dereflect.models.compiled.threads import in_huge_pages, run_tasks
+from dereflect.models.compiled.vector import LANES, ROW
+from dereflect.models.passes import kernels
+from dereflect.models.passes.kernels import PIXELS, STRIP, SUMS, TILE
 
 GATES = {"none": kernels.NONE, "self": kernels.SELF, "mutual": kernels.MUTUAL}
 

@@ -13,7 +13,7 @@ import math
 
 from numba import float64, int64
 
-from models.compiled.vector import (
+from dereflect.models.compiled.vector import (
     LANES,
     ROW,
     constant,

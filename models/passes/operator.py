@@ -12,9 +12,9 @@ gradients are not differentiable again.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from models.passes.backends import backend_module
+from dereflect.models.operators import custom_op
+from dereflect.models.passes.backends import backend_module
 
 
 @custom_op("passes::norm", mutates_args=())
@@ -75,7 +75,7 @@ def _sums(like: Tensor, *shape: int) -> Tensor:
 
 @norm.register_fake
 def _(x, eps, backend):
-    return torch.empty_like(x), _sums(x, len(x), 2)
+    return torch.empty_like(x), _sums(x, x.shape[0], 2)
 
 
 @norm_backward.register_fake
@@ -85,7 +85,7 @@ def _(dy, x, statistics, added, groups, backend):
 
 @gate.register_fake
 def _(d, images, how, backend):
-    return d.new_empty(len(d), d.shape[1] // 2)
+    return d.new_empty(d.shape[0], d.shape[1] // 2)
 
 
 @gate_backward.register_fake

@@ -40,7 +40,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, how: str, keep: bool) -> 
     d = F.conv2d(image, weight, bias, padding=1, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
     if how == "none":
         return d, d.new_empty(0), d.new_empty(0, dtype=_sum_type(d))
-    g = gate(d.flatten(0, 2), len(d), how).view(*d.shape[:3], -1)
+    g = gate(d.flatten(0, 2), d.shape[0], how).view(*d.shape[:3], -1)
     return d if keep else d.new_empty(0), g, _sums(g, (1, 2))
 
 
@@ -58,7 +58,7 @@ def depthwise_backward(
 
 def _partner(rows: Tensor, how: str) -> Tensor:
     """The other stream's rows, for a mutual gate."""
-    return rows.roll(len(rows) // 2, 0) if how == "mutual" else rows
+    return rows.roll(rows.shape[0] // 2, 0) if how == "mutual" else rows
 
 
 def _sums(x: Tensor, dim) -> Tensor:

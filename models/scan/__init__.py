@@ -19,6 +19,7 @@ With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to th
 
     operator.py              the operator
     causal_conv.py           the short convolution that precedes the scan in a Mamba layer
+    layer.py                 the Mamba layer, which is drop-in for `mamba_ssm.Mamba` in training
     flops.py                 what torch's FLOP counter counts for the operator
     backends/__init__.py     the choice of a backend
     backends/reference.py    the recurrence in plain torch, which the other backends are compared with
@@ -27,15 +28,19 @@ With `reverse`, h_t follows from h_{t+1}: the scan goes from the last step to th
     backends/mamba_ssm.py    the CUDA kernel of the `mamba_ssm` package
 """
 
-from models.scan.backends import BACKENDS, available_backends, set_backend, why_refused
-from models.scan.backends.reference import selective_scan_reference
-from models.scan.causal_conv import causal_conv1d
-from models.scan.operator import selective_scan
+from dereflect.models.scan.backends import BACKENDS, available_backends, set_backend, why_refused
+from dereflect.models.scan.backends.reference import selective_scan_reference
+from dereflect.models.scan.causal_conv import causal_conv1d
+from dereflect.models.scan.layer import Mamba, ScanDirection, scan_along
+from dereflect.models.scan.operator import selective_scan
 
 __all__ = [
     "BACKENDS",
+    "Mamba",
+    "ScanDirection",
     "available_backends",
     "causal_conv1d",
+    "scan_along",
     "selective_scan",
     "selective_scan_reference",
     "set_backend",

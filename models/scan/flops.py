@@ -7,7 +7,7 @@ FLOP counter imports Triton, which most programs never need.
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import models.scan.operator  # noqa: F401  the formulas belong to its operators
+import dereflect.models.scan.operator  # noqa: F401  the formulas belong to its operators
 
 
 @register_flop_formula(torch.ops.scan.selective_scan)

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from models.scan.backends import backend_module, choose_backend, requested_backend
+from dereflect.models.operators import custom_op
+from dereflect.models.scan.backends import backend_module, choose_backend, requested_backend
 
 
 def selective_scan(
@@ -76,7 +77,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
         raise ValueError(f"selective_scan: u is {u.dtype}, not a floating-point tensor")
 
 
-@torch.library.custom_op("scan::selective_scan", mutates_args=())
+@custom_op("scan::selective_scan", mutates_args=())
 def _scan(
     u: Tensor,
     delta: Tensor,
@@ -113,7 +114,7 @@ def _fake_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, bac
     )
 
 
-@torch.library.custom_op("scan::selective_scan_backward", mutates_args=())
+@custom_op("scan::selective_scan_backward", mutates_args=())
 def _scan_backward(
     dy: Tensor | None,
     dlast: Tensor | None,

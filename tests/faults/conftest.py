@@ -4,19 +4,19 @@ from pathlib import Path
 
 import pytest
 
-import models.arch
+from dereflect.models import arch
 from tests.faults.small import small, train_small
 
 
 @pytest.fixture
 def small_network(monkeypatch):
     """The small network, where --inet looks for one."""
-    monkeypatch.setattr(models.arch, "small", small, raising=False)
+    monkeypatch.setattr(arch, "small", small, raising=False)
 
 
 @pytest.fixture(scope="session")
 def finished(tiny_data, tmp_path_factory) -> Path:
     """A run of the small network that nothing disturbs, two epochs of three steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models.arch, "small", small, raising=False)
+        patch.setattr(arch, "small", small, raising=False)
         return train_small(tiny_data, tmp_path_factory.mktemp("runs"), "--name", "run")[1]

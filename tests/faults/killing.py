@@ -16,9 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import models.arch
+from dereflect.models import arch
+from dereflect.util.run import checkpoint
 from tests.faults.small import Small, small, train_small
-from util.run import checkpoint
 
 BALLAST = 1 << 20  # numbers, so that writing a checkpoint takes a while
 SETTINGS = ("--nEpochs", "3", "--epoch_size", "6", "--keep", "2", "--resume", "auto", "--name")
@@ -44,8 +44,8 @@ def start(data: Path, runs: Path, name: str, seen: mmap.mmap) -> int:
                 seen[8:] = struct.pack("q", state["global_step"])
 
         checkpoint.save = save
-        models.arch.small = lambda: Small(BALLAST)
-        models.arch.small.__module__ = models.arch.__name__
+        arch.small = lambda: Small(BALLAST)
+        arch.small.__module__ = arch.__name__
         status = train_small(data, runs, *SETTINGS, name)[0]
     finally:
         sys.stdout.flush()
@@ -55,7 +55,7 @@ def start(data: Path, runs: Path, name: str, seen: mmap.mmap) -> int:
 def main(data: Path, runs: Path, kills: int) -> None:
     rng = random.Random(0)
     seen = mmap.mmap(-1, 16)
-    models.arch.small = small
+    arch.small = small
     _, status = os.waitpid(start(data, runs, "whole", seen), 0)
     found = {"status": status, "kills": 0, "in a checkpoint": 0, "runs": 0, "lost": []}
     while found["kills"] < kills:

@@ -7,10 +7,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-import models.arch
-from options import parse_train
+from dereflect.models import arch
+from dereflect.options import parse_train
+from dereflect.train_sirs import train
+from dereflect.util.run.reader import METRICS
 from tests.helpers import arguments
-from train_sirs import train
 
 RECIPE = ("--inet", "small", "--save_steps", "1", "--log_every", "1", "--ema", "0.9", "--guard", "--save_every", "1")
 
@@ -30,11 +31,11 @@ class Small(nn.Module):
 
 
 def small() -> Small:
-    """As a function of models.arch, once it is put there."""
+    """As a function of arch, once it is put there."""
     return Small()
 
 
-small.__module__ = models.arch.__name__
+small.__module__ = arch.__name__
 
 
 def train_small(data: Path, runs: Path, *more: str) -> tuple[int, Path]:
@@ -52,6 +53,12 @@ def outcome(folder: Path) -> dict:
         "state": {key: value for key, value in state.items() if key != "options"},
         "metrics": [{key: value for key, value in line.items() if key != "seconds"} for line in lines],
         "images": {path.name: path.read_text() for path in (folder / "per_image").iterdir()},
+        "figures": {
+            tag: [(point.step, point.value) for point in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if tag.partition("/")[0] in METRICS
+        },
+        "pictures": {tag: [point.step for point in events.Images(tag)] for tag in events.Tags()["images"]},
         "curve": [(point.step, point.value) for point in events.Scalars("train/loss_total")],
         "panels": {path.name: path.read_bytes() for path in (folder / "panels").iterdir()},
         "checkpoints": sorted(path.name for path in folder.glob("*.pt")),

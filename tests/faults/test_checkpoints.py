@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dereflect.tools import evaluate, infer, replay
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 from tests.helpers import Malicious, flipped, same
-from tools import evaluate, infer, replay
-from util import program
-from util.errors import UserError
-from util.run import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 

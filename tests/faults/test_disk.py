@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from dereflect.train_sirs import main
+from dereflect.util import disk, program
+from dereflect.util.errors import UserError
+from dereflect.util.images import write_image
+from dereflect.util.run import checkpoint
 from tests.faults.small import outcome, train_small
 from tests.helpers import arguments, same
-from train_sirs import main
-from util import disk, program
-from util.errors import UserError
-from util.images import write_image
-from util.run import checkpoint
 
 MIB = 1 << 20
 
@@ -165,8 +165,8 @@ def test_room_for_the_checkpoints_is_seen_to_before_training(little, tiny_data, 
     def small(ballast=MIB // 4):
         return Small(ballast)
 
-    small.__module__ = "models.arch"
-    monkeypatch.setattr("models.arch.small", small, raising=False)
+    small.__module__ = "dereflect.models.arch"
+    monkeypatch.setattr("dereflect.models.arch.small", small, raising=False)
     monkeypatch.setattr("engine.Engine.fit", lambda self: pytest.fail("it has begun"))
     with pytest.raises(UserError, match=r"need 1[0-9]\.. MiB more, but only [78]\.. MiB are free.*--save_every"):
         train_small(tiny_data, little, "--name", "run")

@@ -1,6 +1,7 @@
 """Odd surroundings: they change nothing but what can't be told."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dereflect.util.run.reader import read_run
 from tests.helpers import arguments, run, same, state_of
-from util.run.reader import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "3", "--save_steps", "1")
@@ -105,17 +106,28 @@ def test_every_programs_help_in_the_plainest_locale(program):
     assert done.returncode == 0 and b"usage:" in done.stdout, done.stderr.decode()
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-app.txt", "requirements-dev.txt"])
-def test_requirements_have_both_bounds_and_are_met(name):
-    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
-    requirements = [Requirement(line) for line in lines if line and not line.startswith("-")]
+@pytest.mark.parametrize("extra", [None, "app", "heif", "dev"])
+def test_requirements_have_both_bounds_and_are_met(extra):
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11
+        from pip._vendor import tomli as tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    requirements = [Requirement(line) for line in lines if not line.startswith(project["name"])]
     assert requirements
     for requirement in requirements:
         assert {part.operator for part in requirement.specifier} == {">=", "<"}, requirement
-        if name == "requirements.txt":
+        if extra is None:
             assert requirement.specifier.contains(version(requirement.name).partition("+")[0]), requirement
-    if name == "requirements.txt":
+    if extra is None:
         bounds = {requirement.name: requirement.specifier for requirement in requirements}
         for package, oldest, newest in (("torch", "2.11", "2.14.1"), ("torchvision", "0.26", "0.29.1")):
             assert isinstance(bounds[package], SpecifierSet)
             assert bounds[package].contains(oldest) and bounds[package].contains(newest)
+
+
+def test_requirement_files_only_point_at_the_project():
+    for path in ROOT.glob("requirements*.txt"):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+        assert len(lines) == 1 and re.fullmatch(r"-e \.(\[\w+\])?", lines[0]), path

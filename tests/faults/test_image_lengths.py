@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dereflect.util.errors import UserError
+from dereflect.util.formats.png import SIGNATURE
+from dereflect.util.images import check_image
 from tests.faults.pictures import chunk, picture
 from tests.faults.test_images import MIB, READERS, fails, peak_while
-from util.errors import UserError
-from util.formats.png import SIGNATURE
-from util.images import check_image
 
 WIDTH, HEIGHT = 14_000, 12_000  # 168 megapixels
 

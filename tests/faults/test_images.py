@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import discover
-from models.separator import Separator
-from options import parse_train
+from dereflect.data import discover
+from dereflect.models.separator import Separator
+from dereflect.options import parse_train
+from dereflect.tools import infer, prepare_data
+from dereflect.util.errors import UserError
+from dereflect.util.images import check_image, opened, read_image, read_rgb
+from dereflect.util.photographs import read_photograph
 from tests.faults.pictures import BOMBS, picture, png_of, ppm_of
 from tests.helpers import PHOTOGRAPHS, Local, write_noise, write_pairs
-from tools import infer, prepare_data
-from util.errors import UserError
-from util.images import check_image, opened, read_image, read_rgb
-from util.photographs import read_photograph
 
 MIB = 2**20
 PAIRS = "train/real/blended"

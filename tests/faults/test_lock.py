@@ -12,10 +12,10 @@ import time
 
 import pytest
 
+from dereflect.util.errors import UserError
+from dereflect.util.run import folder, lock
+from dereflect.util.run.lock import Lock
 from tests.faults.small import train_small
-from util.errors import UserError
-from util.run import folder, lock
-from util.run.lock import Lock
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_run_that_fails_before_it_begins_leaves_no_folder(tiny_data, tmp_path,
     def fail(*_):
         raise UserError("no weights")
 
-    monkeypatch.setattr("models.build_model", fail)
+    monkeypatch.setattr("dereflect.models.build_model", fail)
     with pytest.raises(UserError, match="no weights"):
         train_small(tiny_data, tmp_path / "runs", "--name", "x")
     assert not list((tmp_path / "runs").iterdir())

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.util.device import enough_memory
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 from tests.helpers import arguments, at_call, run, same, state_of
-from util.device import enough_memory
-from util.errors import UserError
-from util.run import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "6", "--save_steps", "1", "--batchSize", "2")
@@ -81,14 +81,15 @@ def test_a_limit_of_the_system(tiny_data, tmp_path):
     code = """
 import re, resource, sys
 from pathlib import Path
-import engine, train_sirs
+from dereflect import engine
+from dereflect import train_sirs
 fit = engine.Engine.fit
 def limited(self):
     taken = 1024 * int(re.search(r"VmSize:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**29, resource.RLIM_INFINITY))
     fit(self)
 engine.Engine.fit = limited
-from util.program import run
+from dereflect.util.program import run
 sys.exit(run(train_sirs.main))
 """
     more = ("--nEpochs", "1", "--crop_size", "384", "--batchSize", "4", "--val_split", "0", "--name", "a")

@@ -7,16 +7,16 @@ from types import ModuleType
 import pytest
 import torch
 
-import engine
-from data.sirs_dataset import TrainSet
-from models import losses
-from models.arch import create_model
-from options import as_text, parse_train
+from dereflect import engine
+from dereflect.data.sirs_dataset import TrainSet
+from dereflect.models import losses
+from dereflect.models.arch import create_model
+from dereflect.options import as_text, parse_train
+from dereflect.tools import replay
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
 from tests.helpers import at_call, poison, run
-from tools import replay
-from util import program
-from util.errors import UserError
-from util.run import checkpoint
 
 STEP = 4  # from 1
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "7", "--save_steps", "1", "--lr", "1e-4", "--val_split", "0.5")
@@ -114,7 +114,7 @@ def test_replay_is_of_the_runs_own_loss(tmp_path, monkeypatch, capsys):
         def forward(self, *given):
             return {key: 2 * value for key, value in super().forward(*given).items()}
 
-    module = ModuleType("models.doubled")
+    module = ModuleType("dereflect.models.doubled")
     module.ReflectionLoss = Doubled
     monkeypatch.setitem(sys.modules, module.__name__, module)
     options = as_text(parse_train(["--base_dir", ".", "--inet", "dsrnet_xs", "--lambda_vgg", "0"]))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import train_sirs
+from dereflect import train_sirs
+from dereflect.tools import evaluate, export, infer, prepare_data, replay, report, summarize
+from dereflect.util import program
 from tests.helpers import errors
-from tools import evaluate, export, infer, prepare_data, replay, report, summarize
-from util import program
 
 X = "PLACE/x.pt"
 CALLS = [

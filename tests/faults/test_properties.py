@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.weights import architecture_of, load_weights
-from options import parse_evaluate, parse_infer, parse_train, train_parser
-from tools import summarize
-from util import program
-from util.errors import UserError
-from util.run import checkpoint
-from util.run.reader import read_metrics, read_run, table
-from util.run.record import Record
+from dereflect.models.weights import architecture_of, load_weights
+from dereflect.options import parse_evaluate, parse_infer, parse_train, train_parser
+from dereflect.tools import summarize
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import read_metrics, read_run, table
+from dereflect.util.run.record import Record
 
 MANY = [pytest.param(100, id="some"), pytest.param(2500, id="many", marks=pytest.mark.slow)]
 

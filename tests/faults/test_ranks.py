@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+from dereflect.models.arch import create_model
+from dereflect.util import distributed
+from dereflect.util.distributed import World
+from dereflect.util.run.reader import read_metrics
 from tests.helpers import ROOT, arguments, same, state_of, wait_for_writes
-from util import distributed
-from util.distributed import World
-from util.run.reader import read_metrics
 
 
 @pytest.fixture
@@ -66,10 +69,29 @@ def test_a_process_alone_is_not_watched(lost, tmp_path):
 
 
 def test_the_end_says_which_rank_and_what_to_do(tmp_path):
-    code = "from util import distributed; distributed._end(3, 1)"
+    code = "from dereflect.util import distributed; distributed._end(3, 1)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "rank 3 has shown no life for 45 s; rank 1 ends" in done.stderr and "--max-restarts" in done.stderr
+
+
+def test_gradients_have_the_strides_that_the_exchange_expects():
+    """Else DistributedDataParallel copies them, and says so in every log."""
+    distributed.dist.init_process_group("gloo", store=distributed.dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = create_model("dsrnet_xs")
+        image = torch.rand(1, 3, 32, 32)
+        sum(output.square().mean() for output in network(image)).backward()
+        alone = [parameter.grad.clone() for parameter in network.parameters()]
+        network.zero_grad()
+        parallel = World(torch.device("cpu"), size=2).parallel(network)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sum(output.square().mean() for output in parallel(image)).backward()
+    finally:
+        distributed.dist.destroy_process_group()
+    for parameter, gradient in zip(network.parameters(), alone, strict=True):
+        assert torch.equal(parameter.grad, gradient) and parameter.grad.stride() == parameter.stride()
 
 
 def ranks(data: Path, runs: Path, *more: str, restarts: int = 0) -> list[str]:
@@ -122,20 +144,18 @@ def test_two_processes_agree_on_a_broken_test_image(tiny_data, tmp_path, broken)
     program.write_text(f"""
 import sys
 from pathlib import Path
-from torch import distributed
 sys.path.insert(0, {str(ROOT)!r})
-import data
+from dereflect import data
 discover = data.discover
 def then_break(options):
     sets = discover(options)
-    distributed.barrier()  # both have found it
     Path({str(folder / "test/demo_clip/blended/01.png")!r}).unlink(missing_ok=True)
     return sets
 if {broken}:
     data.discover = then_break
 if __name__ == "__main__":
-    import train_sirs
-    from util.program import run
+    from dereflect import train_sirs
+    from dereflect.util.program import run
     sys.exit(run(train_sirs.main))
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.arch import create_model
+from dereflect.models.arch import create_model
+from dereflect.train_sirs import main
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint, resume
+from dereflect.util.run.record import Record
 from tests.faults.small import outcome, train_small
-from tests.helpers import Malicious, arguments, flipped, same
-from train_sirs import main
-from util import program
-from util.errors import UserError
-from util.run import checkpoint, resume
+from tests.helpers import Malicious, arguments, at_call, flipped, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
@@ -182,10 +183,38 @@ def test_points_of_a_run_that_was_killed_before_its_first_checkpoint_are_not_dou
     assert len(curve) == 3 and outcome(run)["curve"] == curve
 
 
+class Killed(BaseException):
+    """Ends a run where it is, as a kill does."""
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "times"),
+    [("panel", 1, 1), ("evaluation", 2, 2), ("averages", 1, 1), ("latest", 2, 1)],
+    ids=["first set", "second set, twice", "averages", "after the last set"],
+)
+def test_points_of_an_evaluation_that_is_repeated_are_there_once(
+    name, call, times, finished, tiny_data, tmp_path, small_network, monkeypatch
+):
+    def cut_off():
+        raise Killed if name != "evaluation" else UserError("the disk is full")
+
+    for number in range(times):
+        with monkeypatch.context() as patched, pytest.raises((Killed, UserError)):
+            at_call(patched, Record, name, call if not number else 1, cut_off)
+            train_small(tiny_data, tmp_path, "--name", "run", *["--resume"][:number])
+    assert train_small(tiny_data, tmp_path, "--name", "run", "--resume")[0] == 0
+    assert same(outcome(tmp_path / "run"), outcome(finished))
+
+
+def test_points_of_an_evaluation_by_itself_are_there_once(run, finished, tiny_data):
+    assert train_small(tiny_data, run.parent, "--name", "run", "--resume", "--nEpochs", "0")[0] == 0
+    assert same(outcome(run)["figures"], outcome(finished)["figures"])
+
+
 def test_events_of_a_run_whose_clock_was_set_back_come_last(run, finished, tiny_data, monkeypatch):
     shutil.copy(run / "epoch_001.pt", run / "last.pt")
     (run / "previous.pt").unlink()
-    monkeypatch.setattr("util.run.record.time.time", lambda: 1e9)
+    monkeypatch.setattr("dereflect.util.run.record.time.time", lambda: 1e9)
     assert train_small(tiny_data, run.parent, "--name", "run", "--resume")[0] == 0
     assert len(list(run.glob("events.*"))) == 2
     assert outcome(run)["curve"] == outcome(finished)["curve"]

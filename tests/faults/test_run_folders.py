@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from options import PRETRAINED
+from dereflect.options import PRETRAINED
+from dereflect.tools import report, summarize
+from dereflect.util import program
+from dereflect.util.errors import UserError
+from dereflect.util.run.folder import _check_files
 from tests.helpers import ROOT, errors, make_page
-from tools import report, summarize
-from util import program
-from util.errors import UserError
-from util.run.folder import _check_files
 
 
 @pytest.mark.timeout(60)
@@ -37,7 +37,8 @@ def test_pipes_and_devices_under_a_runs_names_are_not_read(tmp_path, capsys, nam
 @pytest.mark.parametrize(
     "line",
     ["base_dir: [1, 2]", "optimizer: 3", "precision: odd", "if_align: maybe", "nEpochs: {a: 1}", "inet: 3", "mix: 7",
-     "max_dataset_size: x", "eval_batch: -1", "vgg_weights: [x]", "seed: 1.5e99", "gpu_ids: x", "dataset: none"],
+     "max_dataset_size: x", "eval_batch: -1", "vgg_weights: [x]", "seed: 1.5e99", "gpu_ids: x", "dataset: none", "{}",
+     "a: &a [*a]", "inet: 2020-01-01"],
 )  # fmt: skip
 def test_odd_options_of_a_run_are_one_line(tmp_path, capsys, line):
     run = tmp_path / "run"

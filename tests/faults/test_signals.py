@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-import engine
-import models
-import train_sirs
-from models.dsrnet_model_sirs import DSRNetModel
+from dereflect import engine, models, train_sirs
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.util import program
+from dereflect.util.run import checkpoint
+from dereflect.util.run.record import Record
 from tests.helpers import ROOT, arguments, at_call, run, same, state_of, wait_for_writes
 from tests.project import NVIDIA_SMI, RECORDER, Project
-from util import program
-from util.run import checkpoint
-from util.run.record import Record
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 SETTINGS = ("--nEpochs", "2", "--epoch_size", "3", "--save_steps", "1")
@@ -115,6 +113,20 @@ def test_the_runner_has_torchrun_hand_on_every_signal(ignored, tmp_path):
     assert done.returncode == 0, done.stderr
     handed_on = set(json.loads(done.stdout.splitlines()[-1])["environment"]["PET_SIGNALS_TO_HANDLE"].split(","))
     assert handed_on == {"SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"} | (set() if ignored else {"SIGHUP"})
+
+
+@pytest.mark.parametrize(
+    ("seed", "tries"), [(1, 2), pytest.param(3, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_to_the_process_group_while_workers_start(seed, tries, tiny_data, tmp_path):
+    command = [sys.executable, "-m", "tests.faults.signalling", tiny_data, tmp_path, str(seed), str(tries)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == tries
+    for one in found:
+        assert one["status"] == 128 + signal.Signals[one["signal"]] and one["step"] is not None, one
+        assert one["stopped"] == 1 and one["odd"] == [], one
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import read_metrics
 from tests.helpers import arguments
-from util.run import checkpoint
-from util.run.reader import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EPOCHS, STEPS = 8, 250

@@ -5,9 +5,10 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-import data
-from data.loader import MOST_RESTARTS, Loader
+from dereflect import data
+from dereflect.data.loader import MOST_RESTARTS, Loader
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb
+from dereflect.util.program import SIGNALS
+from dereflect.util.run.reader import read_metrics
 from tests.helpers import (
     PHOTOGRAPHS,
     assert_same,
@@ -30,9 +35,6 @@ from tests.helpers import (
     write_noise,
     write_pairs,
 )
-from util.errors import UserError
-from util.images import read_rgb
-from util.run.reader import read_metrics
 
 BREAKING = {
     "gone": Path.unlink,
@@ -225,20 +227,30 @@ def test_workers_that_are_killed_change_nothing(base, capsys):
     assert "killed (SIGKILL)" in told and "1 of 3" in told
 
 
-def test_a_signal_to_all_processes_leaves_the_loader_usable(base):
-    """As Slurm and shells send it: the fork server dies, too."""
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(base):
+    """As a shell and Slurm send it: only the main process acts on it, and needs the others to the end."""
     options = ("--epoch_size", 30)
     whole = batches(loader_of(base, *options))
     loader = loader_of(base, *options, "--nThreads", 2)
     loader.batch_sampler.seek(0)
     found = []
     for batch in loader:
-        if len(found) == 3:
-            for worker in loader.workers:
-                os.kill(worker.pid, signal.SIGTERM)
-            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGTERM)
+        if len(found) < len(SIGNALS):
+            others = [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
+            others += [worker.pid for worker in loader.workers]
+            subprocess.run(["kill", f"-{SIGNALS[len(found)]:d}", *map(str, others)], check=True)
         found.append(batch)
     assert_same(found, whole)
+    assert loader.faults["restarts"] == 0 and all(Path(f"/proc/{process}").exists() for process in others)
+
+
+def test_the_main_process_can_still_end_a_worker(base):
+    loader = loader_of(base, "--nThreads", 1)
+    loader.batch_sampler.seek(0)
+    next(iter(loader))
+    loader.workers[0].terminate()
+    loader.workers[0].join(20)
+    assert loader.workers[0].exitcode is not None
 
 
 class Deadly(Dataset):
@@ -266,7 +278,7 @@ class Deadly(Dataset):
 )
 def test_workers_that_always_die_are_a_clear_error(base, monkeypatch, number, words):
     restarts = int(number == signal.SIGKILL)
-    monkeypatch.setattr("data.loader.MOST_RESTARTS", restarts)
+    monkeypatch.setattr("dereflect.data.loader.MOST_RESTARTS", restarts)
     loader = Loader(Deadly(number), [[0], [1], [2], [3]], options_for(base), workers=1)
     found = []
     with pytest.raises(UserError) as error:

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.arch import create_model
-from options import parse_train
+from dereflect.models.arch import create_model
+from dereflect.options import parse_train
+from dereflect.util.distributed import join
+from dereflect.util.errors import UserError
+from dereflect.util.optim import build_optimizer, load_optimizer
+from dereflect.util.run import checkpoint, resume
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.stability import Guard
 from tests.helpers import same
-from util.distributed import join
-from util.errors import UserError
-from util.optim import build_optimizer, load_optimizer
-from util.run import checkpoint, resume
-from util.run.folder import RunFolder
-from util.stability import Guard
 
 pytestmark = pytest.mark.usefixtures("small_network")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.arch import list_models
-from util import device as devices
-from util.errors import UserError
+from dereflect.models.arch import list_models
+from dereflect.util import device as devices
+from dereflect.util.errors import UserError
 
 Call = Callable[[], object]
 Timer = Callable[[Call, str], float]

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data import build_train_loader, discover
-from data.demo import build_demo
-from data.folders import Sets
-from data.loader import Loader
-from options import parse_train
-from tools.benchmarks import machine, output
-from tools.benchmarks.common import Measurement, progress
-from util.errors import UserError
+from dereflect.data import build_train_loader, discover
+from dereflect.data.demo import build_demo
+from dereflect.data.folders import Sets
+from dereflect.data.loader import Loader
+from dereflect.options import parse_train
+from dereflect.tools.benchmarks import machine, output
+from dereflect.tools.benchmarks.common import Measurement, progress
+from dereflect.util.errors import UserError
 
 ENDLESS = 10**6  # samples an epoch: none ends while it's measured
 COLUMNS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tools.benchmarks.common import kernel_seconds, progress
+from dereflect.tools.benchmarks.common import kernel_seconds, progress
 
 
 def matrix_side(device: str) -> int:

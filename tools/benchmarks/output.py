@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tools.benchmarks.common import Measurement, by_curve
-from util import disk
-from util.errors import UserError
-from util.tables import Rows, as_markdown, as_text
+from dereflect.tools.benchmarks.common import Measurement, by_curve
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.tables import Rows, as_markdown, as_text
 
 Table = tuple[str, Rows]
 """A title and the rows below it."""

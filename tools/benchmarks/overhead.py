@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import Loaders, build_test_loaders, discover
-from data.folders import MIXTURE, TRANSMISSION
-from data.loader import Loader
-from engine import Engine
-from models import build_model
-from options import parse_train
-from tools.benchmarks import common, machine, output
-from tools.benchmarks.common import Measurement
-from util.device import keep_freed_memory, set_deterministic, wants_bf16
-from util.distributed import join
-from util.program import Interrupt
-from util.run.folder import RunFolder
+from dereflect.data import Loaders, build_test_loaders, discover
+from dereflect.data.folders import MIXTURE, TRANSMISSION
+from dereflect.data.loader import Loader
+from dereflect.engine import Engine
+from dereflect.models import build_model
+from dereflect.options import parse_train
+from dereflect.tools.benchmarks import common, machine, output
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.util.device import keep_freed_memory, set_deterministic, wants_bf16
+from dereflect.util.distributed import join
+from dereflect.util.program import Interrupt
+from dereflect.util.run.folder import RunFolder
 
 TEST_SET = "random"
 COLUMNS = {

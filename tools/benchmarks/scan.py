@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.scan import available_backends, selective_scan
-from tools.benchmarks import common, machine, output
-from tools.benchmarks.common import Measurement
-from util.errors import UserError
+from dereflect.models.scan import available_backends, selective_scan
+from dereflect.tools.benchmarks import common, machine, output
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.util.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASELINES = ("mambapy", "reference")

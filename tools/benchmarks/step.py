@@ -11,12 +11,12 @@ import itertools
 import numpy as np
 import torch
 
-from tools.benchmarks import common, machine, output, variants
-from tools.benchmarks.common import Measurement
-from tools.benchmarks.output import Row
-from tools.benchmarks.variants import Variant
-from util.device import keep_freed_memory, set_deterministic
-from util.errors import UserError
+from dereflect.tools.benchmarks import common, machine, output, variants
+from dereflect.tools.benchmarks.common import Measurement
+from dereflect.tools.benchmarks.output import Row
+from dereflect.tools.benchmarks.variants import Variant
+from dereflect.util.device import keep_freed_memory, set_deterministic
+from dereflect.util.errors import UserError
 
 KINDS = {False: "training step", True: "prediction"}
 
@@ -76,11 +76,13 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
     device = common.choose_device(options)
     common.check_models(options.inet)
     mamba = [name for name in options.inet if variants.has_mamba(name)]
-    names = options.variants or [*([] if mamba else ["plain"]), *variants.PRECISIONS]
+    names = options.variants or [*([] if mamba or options.against else ["plain"]), *variants.PRECISIONS]
     forward_only = getattr(options, "forward_only", False)
     chosen = [variants.check_variant(name, device, forward_only) for name in dict.fromkeys(names)]
     if mamba and "plain" in names:
         raise UserError(f"--variants plain: has no Mamba layers, and {mamba[0]} has; leave one of them out")
+    if options.against:
+        chosen.insert(0, Variant(variants.PUBLISHED))
     if options.plot:
         output.import_matplotlib()
     set_deterministic(seed=0)  # the settings of torch that a training runs under
@@ -91,7 +93,7 @@ def prepare(options: argparse.Namespace) -> tuple[str, list[Variant]]:
 
 def without_extras(chosen: list[Variant]) -> list[Variant]:
     """The variants that predict differently, each once."""
-    return [Variant(name) for name in dict.fromkeys(v.name if v.is_plain else v.precision for v in chosen)]
+    return [Variant(name) for name in dict.fromkeys(v.name if v.is_other else v.precision for v in chosen)]
 
 
 def measure(options: argparse.Namespace, chosen: list[Variant], device: str, forward_only: bool) -> list[Measurement]:
@@ -99,7 +101,7 @@ def measure(options: argparse.Namespace, chosen: list[Variant], device: str, for
     found = []
     build = variants.prediction if forward_only else variants.training
     for model in options.inet:
-        works = {variant.name: build(model, variant, device) for variant in chosen}
+        works = {variant.name: build(model, variant, device, options.against) for variant in chosen}
         for size, batch in itertools.product(options.sizes, options.batches):
             if any(variant.is_compiled for variant in chosen):
                 torch.compiler.reset()  # else torch refuses to compile a step for more than a few sizes
@@ -178,7 +180,7 @@ def plot_rows(found: list[Measurement], options: argparse.Namespace) -> list[Row
 def profile(options: argparse.Namespace, variant: Variant, device: str) -> None:
     """Write and print what takes the time of the last model, in this variant, at the last size and batch."""
     build = variants.prediction if options.forward_only else variants.training
-    work = build(options.inet[-1], variant, device)
+    work = build(options.inet[-1], variant, device, options.against)
     images = variants.random_images(options.batches[-1], options.sizes[-1], device)
     for _ in range(3):  # compile, record graphs, take memory from the system
         work(images)

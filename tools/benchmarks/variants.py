@@ -3,25 +3,28 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import build_model
-from models.arch import create_model
-from models.arch.mamba import Mamba
-from models.arch.plain import plain_forward
-from models.dsrnet_model_sirs import DSRNetModel
-from models.scan import set_backend
-from options import train_parser
-from tools.inspection.costs import FORMULAS
-from tools.inspection.field import scaled_at_random
-from util.errors import UserError
-from util.optim import parameter_groups
+from dereflect.models import build_model, check_backends
+from dereflect.models.arch import create_model
+from dereflect.models.arch.plain import plain_forward
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.scan import Mamba, set_backend
+from dereflect.options import train_parser
+from dereflect.tools.benchmarks.published import PublishedNetwork
+from dereflect.tools.inspection.costs import FORMULAS
+from dereflect.tools.inspection.field import scaled_at_random
+from dereflect.util.errors import UserError
+from dereflect.util.optim import parameter_groups
 
 PRECISIONS = ("fp32", "bf16")
 EXTRAS = ("compile", "graphs", "checkpoint")  # that change the training step only
+PUBLISHED = "published"  # the network of the published code; only --against brings it
 LOOP = "sequential"  # with the scan's plain loop over the pixels
 
 Images = list[Tensor]
@@ -46,8 +49,9 @@ class Variant:
         return "bf16" if "bf16" in self.parts else "fp32"
 
     @property
-    def is_plain(self) -> bool:
-        return self.name == "plain"
+    def is_other(self) -> bool:
+        """Whether it is another implementation of the network."""
+        return self.name in ("plain", PUBLISHED)
 
     @property
     def is_compiled(self) -> bool:
@@ -62,7 +66,7 @@ def check_variant(name: str, device: str, forward_only: bool) -> Variant:
     """
     variant, parts = Variant(name), name.split("+")
     known = set(parts) <= {*PRECISIONS, *EXTRAS, LOOP} and len(variant.parts) == len(parts)
-    if not variant.is_plain and not (known and len(variant.parts & set(PRECISIONS)) == 1):
+    if name != "plain" and not (known and len(variant.parts & set(PRECISIONS)) == 1):
         raise UserError(
             f"--variants {name}: no such variant; there are 'plain', and {' or '.join(PRECISIONS)} with any of "
             f"{', '.join(EXTRAS)}, {LOOP}, such as bf16+compile+checkpoint"
@@ -79,12 +83,18 @@ def has_mamba(name: str) -> bool:
         return any(isinstance(module, Mamba) for module in create_model(name).modules())
 
 
-class PlainModel(nn.Module):
-    """What a DSRNetModel does, with the network of models/arch/plain.py."""
+class OtherModel(nn.Module):
+    """What a DSRNetModel does in fp32, with another implementation of its network.
 
-    def __init__(self, model: DSRNetModel):
+    Args:
+        model: whose features and losses are taken.
+        network: with the parameters.
+        separate: (mixture, features) -> transmission, reflection and residue.
+    """
+
+    def __init__(self, model: DSRNetModel, network: nn.Module, separate: Callable):
         super().__init__()
-        self.network = model.network.to(memory_format=torch.contiguous_format)
+        self.network, self.separate = network.to(memory_format=torch.contiguous_format), separate
         self.features, self.loss = model.features, model.loss
 
     def forward(self, image: Tensor, target_t: Tensor, target_r: Tensor) -> dict[str, Tensor]:
@@ -93,27 +103,31 @@ class PlainModel(nn.Module):
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             features = [f.contiguous() for f in self.features(image)]
-        return plain_forward(self.network, image, features)
+        return self.separate(image, features)
 
 
-def build(name: str, variant: Variant, device: str) -> nn.Module:
-    """The model with random weights, on the device."""
+def build(name: str, variant: Variant, device: str, against: Path | None = None) -> nn.Module:
+    """The model with random weights, on the device; `against` is a clone of the published code."""
     extras = ["--checkpoint_activations"] if "checkpoint" in variant.parts else []
     options = train_parser().parse_args([f"--inet={name}", "--vgg_weights=random", *extras])
     model = build_model(options, bf16=variant.precision == "bf16")
+    check_backends(model.network, device)
     scaled_at_random(model.network, std=0.1)  # at their initial 0 some gradients vanish
-    if variant.is_plain:
-        return PlainModel(model).to(device)
+    if variant.name == PUBLISHED:
+        network = PublishedNetwork(against, name, model.network, device)
+        return OtherModel(model, network, network).to(device)
+    if variant.is_other:
+        return OtherModel(model, model.network, partial(plain_forward, model.network)).to(device)
     model.to(device)
     if variant.is_compiled:
         model.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if "graphs" in variant.parts else None)
     return model
 
 
-def training(name: str, variant: Variant, device: str) -> Work:
+def training(name: str, variant: Variant, device: str, against: Path | None = None) -> Work:
     """A training step that keeps its weights and its optimiser's state, and nothing else, from call to call."""
-    model = build(name, variant, device)
-    settings = {} if variant.is_plain else {"fused": True}
+    model = build(name, variant, device, against)
+    settings = {} if variant.is_other else {"fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(model.network, 1e-2), lr=1e-6, **settings)
 
     def step(images: Images) -> None:
@@ -127,9 +141,9 @@ def training(name: str, variant: Variant, device: str) -> Work:
     return with_scan(variant, step)
 
 
-def prediction(name: str, variant: Variant, device: str) -> Work:
+def prediction(name: str, variant: Variant, device: str, against: Path | None = None) -> Work:
     """`predict` of the mixtures."""
-    model = build(name, variant, device).eval()
+    model = build(name, variant, device, against).eval()
     return with_scan(variant, torch.no_grad()(lambda images: model.predict(images[0])))
 
 

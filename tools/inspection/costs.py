@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import models.scan.flops  # noqa: F401  for FLOP counters to know the scan
-from models.arch import create_model
-from models.arch.blocks import Block
-from models.features import build_features
+import dereflect.models.scan.flops  # noqa: F401  for FLOP counters to know the scan
+from dereflect.models.arch import create_model
+from dereflect.models.arch.blocks import Block
+from dereflect.models.features import build_features
 
 
 def _product_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__) -> int:

@@ -8,13 +8,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from models.arch import create_model
-from models.arch.blocks import StreamScale
-from models.features import build_features
-from models.weights import load_weights
-from util.errors import UserError
-from util.images import write_image
-from util.progress import track
+from dereflect.models.arch import create_model
+from dereflect.models.arch.blocks import StreamScale
+from dereflect.models.features import build_features
+from dereflect.models.weights import load_weights
+from dereflect.util.errors import UserError
+from dereflect.util.images import write_image
+from dereflect.util.progress import track
 
 DECADES = 8
 """Powers of ten that the picture shows."""

@@ -1,1 +1,1 @@
-"""The parts of tools/app.py."""
+"""The page of tools/app.py: its work, its server, and the page itself in HTML, CSS and JavaScript."""

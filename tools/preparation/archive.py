@@ -7,8 +7,8 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from util.errors import UserError
-from util.progress import track
+from dereflect.util.errors import UserError
+from dereflect.util.progress import track
 
 _MOST_FILES = 1_000_000
 _MOST_HEADER = 1 << 20  # bytes of a name or of a PAX header, which tarfile would read into memory whatever they are

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from data.folders import PAIR_SETS, PHOTOGRAPHS, check_name, find_images, find_pairs, find_test_sets
-from util import tables
-from util.errors import UserError, printable
-from util.images import read_rgb
-from util.progress import track
-from util.published import REAL20, TEST_SETS, TRAIN_COUNTS
+from dereflect.data.folders import PAIR_SETS, PHOTOGRAPHS, check_name, find_images, find_pairs, find_test_sets
+from dereflect.util import tables
+from dereflect.util.errors import UserError, printable
+from dereflect.util.images import read_rgb
+from dereflect.util.progress import track
+from dereflect.util.published import REAL20, TEST_SETS, TRAIN_COUNTS
 
 _PUBLISHED = TRAIN_COUNTS | {name: found.images for name, found in TEST_SETS.items()}
 _THREADS = 4  # decoding releases Python's lock

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.folders import MIXTURE, PHOTOGRAPHS, TRANSMISSION, find_images, find_pairs
-from util import disk
-from util.errors import UserError
-from util.images import read_rgb
-from util.progress import track
+from dereflect.data.folders import MIXTURE, PHOTOGRAPHS, TRANSMISSION, find_images, find_pairs
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.images import read_rgb
+from dereflect.util.progress import track
 
 CROP = 224
 SHORT_SIDE = 420

@@ -9,8 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from util.errors import UserError
-from util.progress import track
+from dereflect.util.errors import UserError
+from dereflect.util.progress import track
 
 ATTEMPTS = 5
 """In a row without a byte of progress."""

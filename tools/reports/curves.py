@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from util.run.reader import SCORES, Run
+from dereflect.util.run.reader import SCORES, Run
 
 # Title of a chart, prefix of its tags, whether its axis is logarithmic.
 _CHARTS = (

@@ -17,11 +17,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from util import disk
-from util.run.reader import SCORES, Run
+from dereflect.util import disk
+from dereflect.util.run.reader import SCORES, Run
 
 if TYPE_CHECKING:
-    from tools.reports.pictures import Shown
+    from dereflect.tools.reports.pictures import Shown
 
 _HERE = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
@@ -113,7 +113,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
     machine = run.of_start("machine")
     facts = [
         ("model", run.model),
-        ("epochs", f"{run.epochs[-1] if run.epochs else 0} of {run.epochs_wanted}"),
+        ("epochs", f"{run.epochs_done} of {run.epochs_wanted}"),
         ("started", run.of_start("started")),
         ("machine", f"{machine}, torch {run.of_start('torch')}" if machine else ""),
         ("time", f"{run.hours:.2f} hours, evaluations included" if run.hours is not None else ""),

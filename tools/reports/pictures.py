@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-from models.separator import load_separator
-from options import PUBLISHED_DATA
-from options.arguments import train_parser
-from options.config import parsed
-from util.errors import UserError
-from util.evaluation import Separated, measure
-from util.images import read_image
-from util.progress import track
-from util.run import checkpoint
-from util.run.folder import RunFolder
-from util.run.reader import Run
+from dereflect import data
+from dereflect.models.separator import load_separator
+from dereflect.options import PUBLISHED_DATA
+from dereflect.options.arguments import train_parser
+from dereflect.options.config import parsed
+from dereflect.util.errors import UserError
+from dereflect.util.evaluation import Separated, measure
+from dereflect.util.images import read_image
+from dereflect.util.progress import track
+from dereflect.util.run import checkpoint
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.run.reader import Run
 
 Separate = Callable[[dict, str], Separated]
 """(sample of a test set, name of the set) -> the sample with the network's results."""

@@ -10,9 +10,9 @@ import re
 
 from PIL import Image
 
-from util.formats import jpeg, netpbm, png, tiff
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats import jpeg, netpbm, png, tiff
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import RefusedError, Source
 
 SUFFIXES = frozenset({
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif",
@@ -58,7 +58,7 @@ def open_picture(source: Source) -> Picture:
         return jpeg.open_jpeg(source)
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return tiff.open_tiff(source)
-    if re.match(rb"P[1-6][\s#]|P7\n|P[FfG]\n", head):
+    if re.match(rb"P[1-6][\s#]|P7\r?\n|P[FfG]\n", head):
         return netpbm.open_netpbm(source)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         length = int.from_bytes(head[4:8], "little")

@@ -6,9 +6,9 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from util.formats import ifd
-from util.formats.ifd import Directory, Layout
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats import ifd
+from dereflect.util.formats.ifd import Directory, Layout
+from dereflect.util.formats.source import RefusedError, Source
 
 ORIENTATION, DETAILS, GPS, INTEROPERABILITY = 0x0112, 0x8769, 0x8825, 0xA005
 _MAKER_NOTE, _WIDTH, _HEIGHT = 0x927C, 0xA002, 0xA003

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from util.formats.picture import About, Picture, check_size
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats.picture import About, Picture, check_size
+from dereflect.util.formats.source import RefusedError, Source
 
 _HEADER = 2**14  # bytes that a header may have, with its comments
 _BLOCK = 2**22  # bytes of samples that are looked at at a time
@@ -62,10 +62,11 @@ def _plain(content: bytes) -> _Header:
 
 
 def _pam(content: bytes) -> _Header:
-    lines, end, _ = content.partition(b"ENDHDR\n")
+    end = re.search(rb"^ENDHDR\r?\n", content, re.MULTILINE)
     if not end:
         raise RefusedError("not an image, or damaged")
-    told = dict(line.split(None, 1) for line in lines.splitlines()[1:] if len(line.split(None, 1)) == 2)
+    lines = [line.split(None, 1) for line in content[: end.start()].splitlines()[1:]]
+    told = dict(line for line in lines if len(line) == 2)
     values = [told.get(name, b"").strip() for name in (b"WIDTH", b"HEIGHT", b"DEPTH", b"MAXVAL")]
     if not all(value.isdigit() and len(value) <= 10 for value in values):
         raise RefusedError("not an image, or damaged")
@@ -74,7 +75,7 @@ def _pam(content: bytes) -> _Header:
     if _PAM.get(kind, 0) != channels:
         raise RefusedError(f"a PAM of {channels} channels of the kind {kind.decode(errors='replace')!r}, which is not "
                            "supported; convert it to PNG")  # fmt: skip
-    return _Header(b"P7", width, height, channels, maxval, len(lines) + len(end))
+    return _Header(b"P7", width, height, channels, maxval, end.end())
 
 
 class _Netpbm(Picture):
@@ -90,8 +91,13 @@ class _Netpbm(Picture):
         least = self._row * header.height
         if in_letters:  # a character a sample, and one between those that aren't bits
             least = self._samples if header.magic == b"P1" else 2 * self._samples - 1
-        if source.size - header.start < least:
+        more = source.size - header.start - least
+        if more < 0:
             raise RefusedError("truncated: its pixels are not all there")
+        # Some programs end the header with two bytes, or with a comment, which then are just what is too much.
+        rest = source.upto(header.start - 1, 1 + min(more, _HEADER))
+        if not in_letters and re.fullmatch(rb"\r\n|(?:\s|\r\n)(?:#[^\r\n]*\r?\n)+", rest) and len(rest) == 1 + more:
+            self._header = replace(header, start=header.start + more)
 
     @property
     def _samples(self) -> int:

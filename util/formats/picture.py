@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from util.formats.exif import Exif, parse
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats.exif import Exif, parse
+from dereflect.util.formats.source import RefusedError, Source
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` knows better
 
@@ -159,8 +159,6 @@ class PilPicture(Picture):
         return self._whole()
 
     def check(self) -> None:
-        if self.kind == "JPEG":
-            self.image.draft(None, (1, 1))
         self._load()
 
     def rgb(self, draft: tuple[int, int] | None = None) -> Image.Image:

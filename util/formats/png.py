@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from util.formats import exif
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import Part, RefusedError, Source, splice
+from dereflect.util.formats import exif
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import Part, RefusedError, Source, splice
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
@@ -82,6 +82,8 @@ def open_png(source: Source) -> Picture:
 
 def _read_chunks(source: Source) -> Chunks:
     """Go through all chunks up to the end mark, or to where the file is damaged behind its pixels."""
+    if source.upto(12, 4) == b"CgBI":
+        raise RefusedError("a PNG of Apple's own kind, made for an app; convert it to an ordinary one")
     if source.upto(12, 4) != b"IHDR":
         raise RefusedError("not an image, or damaged")
     chunks = Chunks(_header(source.at(8, 25)), [source.at(8, 25)])
@@ -128,10 +130,9 @@ def _header(content: bytes) -> tuple[int, int, int, int, int]:
     return width, height, depth, colours, interlaced
 
 
-def _for_decoding(source: Source, chunks: Chunks, skip: bytes = b"") -> io.BufferedReader:
+def _for_decoding(source: Source, chunks: Chunks) -> io.BufferedReader:
     """The file without what doesn't decide on the pixels."""
-    decoding = [content for content in chunks.decoding if content[4:8] != skip]
-    parts: list[Part] = [SIGNATURE, *decoding, *chunks.pixels, b"\0\0\0\0IEND\xaeB`\x82"]
+    parts: list[Part] = [SIGNATURE, *chunks.decoding, *chunks.pixels, chunk(b"IEND", b"")]
     return splice(source, parts)
 
 
@@ -219,7 +220,9 @@ class _DeepPng(Picture):
 
     def samples(self) -> tuple[np.ndarray, np.ndarray | None]:
         self.check()  # what OpenCV thinks of damage, it says on stderr
-        content = _for_decoding(self._source, self._chunks, skip=b"tRNS").read()
+        decoding = [content for content in self._chunks.decoding if content[4:8] != b"tRNS"]
+        packed = chunk(b"IDAT", b"".join(_packed(self._source, self._chunks)))  # with a checksum that fits
+        content = b"".join([SIGNATURE, *decoding, packed, chunk(b"IEND", b"")])
         pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None or pixels.dtype != np.uint16 or pixels.shape[:2] != (self.height, self.width):
             raise RefusedError("a PNG of 16 bits that OpenCV can't read")

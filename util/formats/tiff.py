@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
 
-from util.formats import exif, ifd
-from util.formats.ifd import Directory, Layout
-from util.formats.picture import About, Picture, PilPicture, check_size
-from util.formats.source import RefusedError, Source, splice
-from util.formats.tiff_pixels import CMYK, COLOURS, LAB, PACKED, PALETTE, YCBCR, Page, TiffPicture
+from dereflect.util.formats import exif, ifd
+from dereflect.util.formats.ifd import Directory, Layout
+from dereflect.util.formats.jpeg import open_jpeg
+from dereflect.util.formats.picture import About, Picture, PilPicture, check_size
+from dereflect.util.formats.source import RefusedError, Source, splice
+from dereflect.util.formats.tiff_pixels import CMYK, COLOURS, LAB, PACKED, PALETTE, YCBCR, Page, TiffPicture
 
 RAW = "a camera's raw file; develop it first, into a TIFF or PNG"
 _PREVIEW, _MASK = 1, 4  # of NewSubfileType
 _CFA, _LINEAR_RAW = 32803, 34892  # photometric interpretations: a sensor's pixels
 _MOST_PAGES = 64  # that are looked at
-_SUBIFDS, _DNG_VERSION, _ICC, _XMP = 330, 50706, 34675, 700
+_SUBIFDS, _DNG_VERSION, _ICC, _XMP, _JPEG_TABLES = 330, 50706, 34675, 700, 347
 _MOST_SEGMENTS = 2**20  # strips or tiles
 
 _PHOTOMETRIC = {4: "a mask", 9: "ICC Lab", 10: "ITU Lab", 32844: "LogL", 32845: "LogLuv"}
-_BY_LIBTIFF = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4", 7: "JPEG"}
+_JPEG = 7
+_BY_LIBTIFF = {2: "CCITT RLE", 3: "CCITT group 3", 4: "CCITT group 4", _JPEG: "JPEG"}
 _COMPRESSIONS = {
     6: "old-style JPEG", 34712: "JPEG 2000", 33003: "JPEG 2000", 33005: "JPEG 2000", 34887: "LERC", 50001: "WebP",
     50002: "JPEG XL", 52546: "JPEG XL", 32771: "CCITT RLE with words", 34892: "lossy JPEG",
@@ -68,7 +71,7 @@ def open_tiff(source: Source) -> Picture:
     def about(brief: bool) -> About:
         return _about(source, layout, main, tags, brief)
 
-    if page.compression in PACKED and page.photometric != LAB:
+    if page.compression in PACKED:
         return TiffPicture(source, layout.order, page, about)
     return _by_libtiff(source, tags, page, about)
 
@@ -149,7 +152,7 @@ def _check_kind(tags: Tags, samples: int, depths: tuple[int, ...], photometric: 
     bits = depths[0]
     formats = set(tags.all(339, 64)) or {1}
     kind = None
-    if formats & {3, 6} or bits > 32 or photometric in (32844, 32845):
+    if formats & {3, 6} or photometric in (32844, 32845):
         raise RefusedError("floating-point images are not supported; convert it to 16 bits")
     if photometric in _PHOTOMETRIC or photometric not in COLOURS:
         kind = f"of {_PHOTOMETRIC.get(photometric, f'the photometric interpretation {photometric}')}"
@@ -167,12 +170,22 @@ def _check_kind(tags: Tags, samples: int, depths: tuple[int, ...], photometric: 
         kind = f"compressed as {_COMPRESSIONS.get(compression, f'number {compression}')}"
     elif compression in _BY_LIBTIFF and bits not in (1, 8):
         kind = f"of {bits} bits a channel compressed as {_BY_LIBTIFF[compression]}"
-    elif photometric == YCBCR and (compression != 7 and not _is_simple_ycbcr(tags, bits)):
+    elif photometric == LAB and bits != 8:
+        kind = f"of Lab colours of {bits} bits a channel"
+    elif photometric == CMYK and not _has_all_of_the_inks(tags, bits):
+        kind = "of inks that don't reach from nothing to all"
+    elif photometric == YCBCR and (compression != _JPEG and not _is_simple_ycbcr(tags, bits)):
         kind = "of YCbCr with fewer colours than brightness, or of a narrow range"
     elif tags.one(317, 1) not in (1, 2) or (tags.one(317, 1) == 2 and bits not in (8, 16)):
         kind = f"with the predictor {tags.one(317)} at {bits} bits"
     if kind:
         raise RefusedError(f"a TIFF {kind}, which is not supported; convert it to RGB of 8 or 16 bits")
+
+
+def _has_all_of_the_inks(tags: Tags, bits: int) -> bool:
+    """Whether 0 is no ink, and the largest number all of it."""
+    dots = tags.all(336, 64)
+    return all(pair == (0, 2**bits - 1) for pair in zip(dots[::2], dots[1::2], strict=False))
 
 
 def _is_simple_ycbcr(tags: Tags, bits: int) -> bool:
@@ -210,7 +223,7 @@ def _by_libtiff(source: Source, tags: Tags, page: Page, about: Callable[[bool], 
         raise RefusedError("a BigTIFF of this compression is not supported; convert it")
     told = {}
     for tag in (254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 322, 323, 324, 325, 338,
-                339, 347, 529, 530, 531, 532):  # fmt: skip
+                339, _JPEG_TABLES, 529, 530, 531, 532):  # fmt: skip
         if tag != 254 and (entry := tags.directory.get(tag)):
             told[tag] = exif.Tag(entry.type, entry.count, source.at(entry.place, entry.length))
     order = tags.layout.order
@@ -218,10 +231,31 @@ def _by_libtiff(source: Source, tags: Tags, page: Page, about: Callable[[bool], 
     directory = exif.directories(exif.Exif(order), 0, 0, start, told)
     head = exif.header(order)[:4] + int(start).to_bytes(4, "little" if order == "<" else "big")
     file = splice(source, [head, (8, source.size), bytes(start - source.size), directory])
-    picture = PilPicture("TIFF", source, file, lambda: True, about)
+    picture = (
+        _JpegTiff(source, file, about, tags, page)
+        if page.compression == _JPEG
+        else PilPicture("TIFF", source, file, lambda: True, about)
+    )
     if picture.size != (page.width, page.height):
         raise RefusedError("damaged")
     return picture
+
+
+class _JpegTiff(PilPicture):
+    """What libtiff decodes once each strip or tile, a JPEG, has been seen to be whole; it says nothing of its own."""
+
+    def __init__(
+        self, source: Source, file: io.BufferedReader, about: Callable[[bool], About], tags: Tags, page: Page
+    ) -> None:
+        super().__init__("TIFF", source, file, lambda: False, about)
+        self._source, self._segments = source, page.segments
+        self._tables = _content(source, tags.directory.get(_JPEG_TABLES)) or b""
+
+    def _load(self) -> None:
+        for segment in self._segments:
+            content = self._source.at(*segment)
+            open_jpeg(Source.of(self._tables[:-2] + content[2:] if self._tables else content)).check()
+        super()._load()
 
 
 def _about(source: Source, layout: Layout, main: Directory, tags: Tags, brief: bool) -> About:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from util.formats import exif, ifd
-from util.formats.picture import About, Picture
-from util.formats.source import RefusedError, Source
+from dereflect.util.formats import exif, ifd
+from dereflect.util.formats.picture import About, Picture
+from dereflect.util.formats.source import RefusedError, Source
 
 MIN_IS_WHITE, MIN_IS_BLACK, RGB, PALETTE, CMYK, YCBCR, LAB = 0, 1, 2, 3, 5, 6, 8
 COLOURS = {MIN_IS_WHITE: 1, MIN_IS_BLACK: 1, RGB: 3, PALETTE: 1, CMYK: 4, YCBCR: 3, LAB: 3}
@@ -231,8 +231,9 @@ class TiffPicture(Picture):
                 light = peak - row.astype(np.uint32)
                 row[:, :3] = (light[:, :3] * light[:, 3:] + peak // 2) // peak
             colours = colours[:, :, :3]
-        elif page.photometric == YCBCR:
-            colours = np.asarray(Image.fromarray(np.ascontiguousarray(colours), "YCbCr").convert("RGB"))
+        elif page.photometric in (YCBCR, LAB):
+            mode = "YCbCr" if page.photometric == YCBCR else "LAB"
+            colours = np.asarray(Image.frombytes(mode, self.size, colours.tobytes()).convert("RGB"))
         if page.multiplied:
             for row, opaque in zip(colours, alpha.astype(np.uint32), strict=True):
                 divisor = np.maximum(opaque, 1)[:, None]

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path, PosixPath, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from util import disk
-from util.errors import UserError
-from util.run import contents
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.run import contents
 
 if TYPE_CHECKING:
     from torch import Tensor

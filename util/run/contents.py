@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from util.errors import UserError
+from dereflect.util.errors import UserError
 
 _FOLDER = 0x10  # attribute of a part of a zip archive that is a folder
 _LEGACY_PICKLES = 5  # that torch before 1.6 wrote in front of the tensors' bytes

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from util import disk
-from util.errors import UserError
-from util.run import checkpoint
-from util.run.lock import Lock
+from dereflect.util import disk
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
+from dereflect.util.run.lock import Lock
 
 if TYPE_CHECKING:  # finding the files of a run takes no torch
     from argparse import Namespace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # finding the files of a run takes no torch
     from torch import nn
     from torch.optim import Optimizer
 
-    from util.distributed import World
+    from dereflect.util.distributed import World
 
 EVENTS = "events.out.tfevents."
 """The prefix of TensorBoard's files."""
@@ -57,8 +57,12 @@ class RunFolder:
 
     def layers(self, test_set: str, image: str) -> dict[str, Path]:
         """The pictures that --save_images writes of a test image: "transmission" and "reflection"."""
-        folder = self.images / test_set
-        return {"transmission": folder / f"{image}_t.png", "reflection": folder / f"{image}_r.png"}
+        folder = self.images / disk.fitting(test_set)
+        return {layer: folder / disk.fitting(image, f"_{layer[0]}.png") for layer in ("transmission", "reflection")}
+
+    def panel(self, test_set: str) -> Path:
+        """The newest picture of a set."""
+        return self.panels / disk.fitting(test_set, ".png")
 
     @classmethod
     @contextmanager
@@ -155,7 +159,7 @@ class RunFolder:
     def _choose_newest(
         self, options: Namespace, network: nn.Module, optimizer: Optimizer, identity: dict
     ) -> tuple[dict, Path, list[str]]:
-        from util.run.resume import check_continuable, check_usable  # imports torch
+        from dereflect.util.run.resume import check_continuable, check_usable  # imports torch
 
         messages: list[str] = []
         for path in (path for path in (self.last, self.previous) if path.exists()):

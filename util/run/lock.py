@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from util import disk
-from util.errors import UserError
+from dereflect.util import disk
+from dereflect.util.errors import UserError
 
 _BEAT = 10.0  # seconds between two signs of life
 _PATIENCE = 6  # beats without one until a process of another machine counts as gone

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
-from util import disk, tables
-from util.errors import UserError
-from util.published import AVERAGE
-from util.run.folder import EVENTS, RunFolder
+from dereflect.util import disk, tables
+from dereflect.util.errors import UserError
+from dereflect.util.published import AVERAGE
+from dereflect.util.run.folder import EVENTS, RunFolder
 
 METRICS = ("PSNR", "SSIM", "LMSE", "NCC")
 SCORES = METRICS[:2]
@@ -69,6 +70,12 @@ class Run:
         return sorted({line["epoch"] for line in self._of(wanted)})
 
     @property
+    def epochs_done(self) -> int:
+        """How many epochs are done; without held-out pairs and test sets none of them is evaluated."""
+        count = self.starts[-1].get("epochs") if self.starts else None
+        return max([count if _is_count(count) else 0, *self.epochs[-1:]])
+
+    @property
     def epochs_wanted(self) -> int | None:
         """The number of epochs that the run was started for."""
         wanted = self.options.get("nEpochs")
@@ -77,7 +84,8 @@ class Run:
     @property
     def is_finished(self) -> bool:
         """Whether all epochs are done, the last one's evaluation included."""
-        return bool(self.epochs) and self.epochs_wanted is not None and self.epochs[-1] >= self.epochs_wanted
+        wanted = self.epochs_wanted
+        return wanted is not None and (self.epochs_done >= wanted if wanted else bool(self.epochs))
 
     def line(self, name: str, epoch: int | None, estimate: str = "model") -> dict | None:
         """The line of a set and epoch; the untouched input has epoch 0."""
@@ -181,10 +189,11 @@ def _read_options(run: Run) -> None:
     except Exception as error:  # yaml's constructors raise whatever a damaged text happens to trigger
         run.problems.append(f"options.yaml: {' '.join(str(error).split()) or type(error).__name__}")
         return
-    if not isinstance(options, dict):
+    if isinstance(options, dict):
+        run.options = {str(key): value for key, value in options.items() if is_plain(value)}
+    if not run.options:
         run.problems.append("options.yaml: no lines of the form 'option: value'")
         return
-    run.options = {str(key): value for key, value in options.items() if is_plain(value)}
     if not run.starts and (head := _HEAD.match(text)):  # of an older version, which kept the latest start here
         run.starts = [dict(zip(("started", "torch", "machine"), head.groups(), strict=True))]
         run.starts[0]["comment"] = run.options.get("comment")
@@ -200,7 +209,7 @@ def _read_lines(run: Run) -> None:
         return
     if written > len(run.lines):
         run.problems.append(f"metrics.jsonl: {written - len(run.lines)} of {written} lines can't be read")
-    if not run.lines:
+    if not run.lines and not run.epochs_done:
         run.problems.append("nothing has been evaluated")
 
 
@@ -248,7 +257,7 @@ def table(lines: list[dict]) -> str:
     epoch = model[-1]["epoch"]
     epochs = sorted({line["epoch"] for line in model} & {0, epoch})
     found = {(line["set"], line["estimate"], line["epoch"]): line for line in lines}
-    rows = [("set", "images", "input PSNR/SSIM", *(f"epoch {e} PSNR/SSIM" for e in epochs), "gain PSNR/SSIM")]
+    rows = [("PSNR, dB / SSIM", "images", "input", *(f"epoch {e}" for e in epochs), "gain")]
     for line in (line for line in model if line["epoch"] == epoch):
         name = line["set"]
         stages = [found.get((name, "input", 0), line), *(found.get((name, "model", e), line) for e in epochs)]
@@ -257,11 +266,21 @@ def table(lines: list[dict]) -> str:
             (
                 name,
                 str(line["count"]),
-                *(f"{stage['PSNR']:6.2f} / {stage['SSIM']:.3f}" for stage in stages),
-                f"{line['PSNR'] - before['PSNR']:+6.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
+                *(f"{stage['PSNR']:.2f} / {stage['SSIM']:.3f}" for stage in stages),
+                f"{line['PSNR'] - before['PSNR']:+.2f} / {line['SSIM'] - before['SSIM']:+.3f}",
             )
         )
-    return tables.as_text(rows)
+    return tables.as_text(rows, left=1, width=tables.TERMINAL)
+
+
+def best(run: Run) -> str:
+    """Which epoch is best, and by what; empty where nothing picks one."""
+    by = AVERAGE if run.options.get("best_by") == "test" else "val"
+    epoch = run.best_epoch(by)
+    if epoch is None:
+        return ""
+    name = "the test sets' average" if by == AVERAGE else "the held-out pairs (val)"
+    return f"best: epoch {epoch}, with {run.line(by, epoch)['PSNR']:.2f} dB on {name}"
 
 
 def is_plain(value: object) -> bool:
@@ -270,26 +289,36 @@ def is_plain(value: object) -> bool:
     return all(part is None or isinstance(part, str | int | float) for part in parts)
 
 
+def event_lengths(file: BinaryIO) -> Iterator[int]:
+    """Go through the records of TensorBoard's file of events; the file is then at the event, of the length given.
+
+    A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
+    and its time. What a kill has cut off at the end is left out.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = 0
+    while start + 16 <= size:
+        file.seek(start)
+        (length,) = struct.unpack("<Q", file.read(8))
+        start += 16 + length
+        if start <= size:
+            file.seek(start - 4 - length)
+            yield length
+
+
 def _span(path: Path) -> float | None:
     """Seconds between the first and the last record of an events file.
 
     Only the heads of the records are read. If the clock was set back, no more is lost than the time to the next record.
-
-    A record is its length (8 bytes), a checksum (4), the event and its checksum (4); an event begins with the tag 9
-    and its time.
     """
     times = []
     try:
         with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            while len(head := file.read(21)) == 21:
-                length, _, tag, when = struct.unpack("<QIBd", head)
-                after = file.tell() - 9 + length + 4
-                if tag != 9 or not math.isfinite(when) or after > size:
+            for length in event_lengths(file):
+                tag, when = struct.unpack("<Bd", file.read(9)) if length >= 9 else (0, 0.0)
+                if tag != 9 or not math.isfinite(when):
                     break
                 times.append(when)
-                file.seek(after)
     except OSError:
         return None
     return sum(max(0.0, later - earlier) for earlier, later in pairwise(times)) if times else None

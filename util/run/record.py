@@ -10,35 +10,40 @@ import csv
 import json
 import platform
 import resource
-import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
-from options import as_text
-from options.config import RECORDED
-from options.parser import START
-from util import disk
-from util.distributed import World
-from util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
-from util.images import write_image
-from util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
-from util.run.folder import EVENTS, RunFolder
-from util.run.reader import METRICS, read_metrics, read_run
+from dereflect.options import as_text
+from dereflect.options.config import RECORDED
+from dereflect.options.parser import FROM, START, WHAT
+from dereflect.util import disk
+from dereflect.util.distributed import World
+from dereflect.util.evaluation import Mean, Separated, mean_over_images, mean_over_sets
+from dereflect.util.images import write_image
+from dereflect.util.published import AVERAGE, AVERAGE_PUBLISHED, averaged_sets
+from dereflect.util.run.events import Events
+from dereflect.util.run.folder import RunFolder
+from dereflect.util.run.panels import draw
+from dereflect.util.run.reader import METRICS, read_metrics, read_run
+from dereflect.util.run.tracker import Tracker
 
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)
+_CHARTS = {
+    "evaluation": {f"{metric}{', dB' * (metric == 'PSNR')}": ["Multiline", [f"^{metric}/"]] for metric in METRICS}
+}
+"""TensorBoard's charts of all sets together, each set's untouched input as a line of its own."""
+
+_FINAL = [f"{metric}/{name}" for metric in ("PSNR", "SSIM") for name in (AVERAGE, "val")]
+"""The curves whose last points TensorBoard shows beside the hyperparameters."""
 
 
 class Record:
@@ -65,7 +70,8 @@ class Record:
         start |= {"machine": platform.platform()} | {
             key: value for key, value in as_text(options, [START]).items() if value
         }
-        _write_lines(self.folder.starts, [*read_run(folder).starts, start])
+        self._starts = [*read_run(folder).starts, start]
+        self.epochs_done(epochs_done)
         text = yaml.safe_dump(as_text(options, RECORDED), sort_keys=True, allow_unicode=True)
         with disk.replacing(self.folder.options) as path:
             path.write_text(text, encoding="utf-8")
@@ -73,8 +79,13 @@ class Record:
         measured = {line["set"] for line in lines if line["estimate"] == "model"}  # its input is measured just before
         self.lines = [line for line in lines if line["set"] in measured]
         _write_lines(self.folder.metrics, self.lines)
-        self._events = _Events(folder, step)
+        self._tracker = Tracker(options)
+        self._events = Events(folder, step)
         self._events.add(summary.text("options", f"{options.comment}\n\n```yaml\n{text}```"), step)
+        self._events.add(summary.custom_scalars(_CHARTS), step)
+        *start, self._end = summary.hparams(_hyperparameters(options), dict.fromkeys(_FINAL, 0.0))
+        for part in start:
+            self._events.add(part, step)
 
     def has_input(self, name: str) -> bool:
         """Whether the untouched input of a set has been measured."""
@@ -101,10 +112,19 @@ class Record:
                 values = [*(row["model"][m] for m in METRICS), *(row["input"][m] for m in METRICS)]
                 table.writerow([name, row["name"], *(f"{value:.6f}" for value in values)])
 
-    def start_evaluation(self, epoch: int, names: Collection[str]) -> None:
+    def epochs_done(self, count: int) -> None:
+        """Note with this start how many epochs are done; of an epoch without evaluation, nothing else is recorded."""
+        if self.active:
+            self._starts[-1]["epochs"] = count
+            _write_lines(self.folder.starts, self._starts)
+
+    def start_evaluation(self, epoch: int, step: int, names: Collection[str]) -> None:
         """Delete what an earlier evaluation of these sets in this epoch, whole or cut off, has left."""
         if not self.active:
             return
+        curves = {f"{metric}/{name}" for name in (*names, *_AVERAGES) for metric in METRICS}
+        curves |= {f"{curve}/input" for curve in curves}
+        self._events.forget(step, curves | {f"panels/{name}" for name in names})
 
         def stays(line: dict) -> bool:
             other = line["set"] not in names and line["set"] not in _AVERAGES
@@ -148,21 +168,21 @@ class Record:
         if self.active:
             for tag, value in values.items():
                 self._events.add(summary.scalar(tag, value), step)
+            self._tracker.log(values, step)
 
     def panel(self, step: int, name: str, images: Sequence[Separated]) -> None:
         """A set's picture, a row per image: to TensorBoard and, the newest only, to panels/."""
         if self.active and images:
-            rows = [_row(one) for one in images]
-            width = max(row.shape[1] for row in rows)
-            padded = [np.pad(row, ((0, 8), (0, width - row.shape[1]), (0, 0)), constant_values=1.0) for row in rows]
-            picture = np.concatenate(padded)
+            picture = draw(images)
             self._events.add(summary.image(f"panels/{name}", picture, dataformats="HWC"), step)
-            write_image(self.folder.panels / f"{name}.png", picture)
+            write_image(self.folder.panel(name), picture)
 
     def close(self) -> None:
         """Close what is open."""
         if self.active:
+            self._events.add(self._end, self.lines[-1]["step"] if self.lines else 0)
             self._events.close()
+            self._tracker.finish()
 
     def _line(self, epoch: int, step: int, name: str, estimate: str, mean: Mean, seconds: float) -> None:
         line = {"epoch": epoch, "step": step, "set": name, "estimate": estimate, "count": mean.count}
@@ -171,7 +191,9 @@ class Record:
         with disk.writing(self.folder.metrics), self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if estimate == "model":
-            self.scalars(step, {f"{name}/{metric}": mean.values[metric] for metric in METRICS})
+            untouched = next(line for line in self.lines if line["set"] == name and line["estimate"] == "input")
+            points = {f"{metric}/{name}": mean.values[metric] for metric in METRICS}
+            self.scalars(step, points | {f"{metric}/{name}/input": untouched[metric] for metric in METRICS})
 
     def _of_sets(self, estimate: str, epoch: int) -> dict[str, dict]:
         """The lines of an epoch by test set, in their order."""
@@ -232,52 +254,13 @@ class TrainingMeans:
         }
 
 
-class _Events:
-    """TensorBoard's file of events, written at once and in this thread.
-
-    torch's SummaryWriter writes in a thread of its own, which reports a full disk minutes later or, at the end, never.
-
-    Args:
-        folder: of the run.
-        step: steps of the optimiser that are done; TensorBoard ignores points of later steps in earlier files.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        # TensorBoard reads the files by name; the clock may have been set back since the last one.
-        numbers = [int(part) for path in folder.glob(f"{EVENTS}*") if (part := path.name.split(".")[3]).isdigit()]
-        number = max([int(time.time()), *(number + 1 for number in numbers)])
-        self.path = folder / f"{EVENTS}{number:010}.{socket.gethostname()}"
-        with disk.writing(self.path):
-            self._file = self.path.open("wb")
-        self._writer = RecordWriter(self._file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, content: Summary, step: int) -> None:
-        self._write(Event(step=step, summary=content))
-
-    def close(self) -> None:
-        with disk.writing(self.path):
-            self._file.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with disk.writing(self.path):
-            self._writer.write(event.SerializeToString())
-            self._file.flush()
+def _hyperparameters(options: argparse.Namespace) -> dict[str, object]:
+    """The options that decide what is trained."""
+    values = as_text(options, [WHAT, FROM])
+    values = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
     with disk.replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def _row(one: Separated) -> np.ndarray:
-    """A row of a panel: mixture, transmission and its target, reflection and its target, residue."""
-    tiles = (one.mixture, one.transmission, one.target_t, one.reflection, one.target_r, one.residue / 2 + 0.5)
-    return np.concatenate([_with_margin(tile) for tile in tiles], axis=1)
-
-
-def _with_margin(image: Tensor) -> np.ndarray:
-    """(3, H, W) to (H, W + 8, 3) in 0..1, with a white margin."""
-    return np.pad(image.clamp(0, 1).permute(1, 2, 0).numpy(), ((0, 0), (0, 8), (0, 0)), constant_values=1.0)

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from options import as_text
-from options.arguments import roles
-from options.parser import START, WHAT
-from util.errors import UserError
-from util.run import checkpoint
-from util.stability import Guard
+from dereflect.options import as_text
+from dereflect.options.arguments import roles
+from dereflect.options.parser import START, WHAT
+from dereflect.util.errors import UserError
+from dereflect.util.run import checkpoint
+from dereflect.util.stability import Guard
 
 TEST = "test set "
 """The prefix of the names of sets that are only evaluated."""

@@ -5,7 +5,6 @@ SCAN_BACKEND. A backend is tried on a tiny scan to see whether it works; version
 
 Every other module of this package is a backend, with the same functions:
 
-    runs_on(device)       whether it computes on tensors of that device
     saved_shape(...)      the shape of what the forward pass saves for the backward pass
     scan(...)             y, the last state, what is saved, and y before the gate (empty where nothing needs it)
     scan_backward(...)    the gradients
@@ -64,7 +63,7 @@ def available_backends(device: str) -> dict[str, str | None]:
 
 def backend_module(name: str) -> ModuleType:
     """The module behind a backend; importing it may fail with what it needs."""
-    return importlib.import_module(f"models.scan.backends.{name}")
+    return importlib.import_module(f"dereflect.models.scan.backends.{name}")
 
 
 def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> str:
@@ -91,13 +90,20 @@ def choose_backend(requested: str | None, device: str, dtype: torch.dtype) -> st
 choose_backend._dynamo_marked_constant = True
 
 
+def _runs_on(name: str, device: str) -> bool:
+    """Known without importing the backend, as that takes long; in its interpreter Triton runs on the CPU, too."""
+    devices = {"mamba_ssm": ("cuda",), "triton": ("cuda",), "cpu": ("cpu",)}
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted or device in devices.get(name, (device,))
+
+
 @cache
 def why_not(name: str, device: str) -> str | None:
     """None where the backend works on tensors of `device`, else the reason why not."""
     try:
-        module = backend_module(name)
-        if not module.runs_on(device):
+        if not _runs_on(name, device):
             return f"it doesn't run on {device} tensors"
+        module = backend_module(name)
         with _disable_current_modes():  # computes for real, even where a model is only traced or counted
             tiny = torch.ones(1, 1, 2, device=device)
             state = torch.ones(1, 1, device=device)

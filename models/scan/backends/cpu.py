@@ -24,8 +24,8 @@ from llvmlite import ir
 from numba import int64, types
 from torch import Tensor
 
-from models.compiled.threads import in_huge_pages, run_tasks
-from models.compiled.vector import (
+from dereflect.models.compiled.threads import in_huge_pages, run_tasks
+from dereflect.models.compiled.vector import (
     INTEGERS,
     LANES,
     ROW,
@@ -370,10 +370,6 @@ def sum_groups(scratch, first, last, shape, groups, dB, dC, B_sum, C_sum):
 
 
 # From tensors to addresses -----------------------------------------------------------------------------
-
-
-def runs_on(device: str) -> bool:
-    return device == "cpu"
 
 
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:

@@ -6,13 +6,9 @@ The kernel knows no reverse, so a scan in reverse works on flipped copies of the
 import torch
 from torch import Tensor
 
-from models.scan.backends.reference import flipped
+from dereflect.models.scan.backends.reference import flipped
 
 CHUNK = 2048  # steps between two states that the kernel keeps
-
-
-def runs_on(device: str) -> bool:
-    return device == "cuda"
 
 
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:

@@ -267,11 +267,6 @@ def backward(
         tl.store(dz + image * dz_b + channel * dz_d + step * dz_l, dz_tile * y_tile, mask=inside)
 
 
-def runs_on(device: str) -> bool:
-    """A GPU, or the CPU in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
-    return device == "cuda" or (device == "cpu" and not isinstance(forward, triton.JITFunction))
-
-
 def saved_shape(batch: int, d: int, length: int, n: int) -> tuple[int, ...]:
     """The states between chunks: an eighth of u's size for sixteen states."""
     return batch, -(-length // CHUNK) + 1, d, n
