@@ -339,7 +339,7 @@ def test_infer_separates_what_it_can(tmp_path, monkeypatch, capsys):
     (tmp_path / "weights.pt").touch()
     line = ["--checkpoint", str(tmp_path / "weights.pt"), "-o", str(tmp_path / "made"), str(folder)]
     assert infer.main(line) == 1
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     told.encode()
     made = {path.name for path in (tmp_path / "made").iterdir()}
     readable = {"good.png"} | ODD
