@@ -17,6 +17,7 @@ STRIDE = 16
 """Sides of crops, tiles and overlaps are multiples of it, as the networks' input is."""
 
 _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
+_MOST_PIXELS = 2**20  # of a side
 
 
 def is_file(path: str | Path) -> bool:
@@ -47,6 +48,14 @@ def positive_int(text: str) -> int:
     value = natural_int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def pixels(text: str) -> int:
+    """argparse type: a side of an image."""
+    value = positive_int(text)
+    if value > _MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text} is above {_MOST_PIXELS} pixels")
     return value
 
 

@@ -276,6 +276,10 @@ def test_eval(run):
         ("eval --inet dsrnet_xl", ", dsrnet_l, "),
         ("data --base_dir nowhere", "there is no such folder"),
         ("scan --gpu_ids -1 --backends nothing", "no such backend"),
+        ("scan --gpu_ids -1 --shapes 1,1,9999999999999999", "too little memory"),
+        ("scan --gpu_ids -1 --shapes 1,9999999999,9999999999", "too little memory"),
+        ("metrics --size 19 40", "fewer pixels than LMSE's windows"),
+        ("metrics --json /dev/null/x.json", "--json /dev/null: cannot be written"),
     ],
 )
 def test_one_line_for_what_is_wrong(arguments, told, capsys):

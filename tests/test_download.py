@@ -188,6 +188,9 @@ def test_a_users_own_files_and_links_are_left_alone(server, tmp_path, capsys, na
         "http://.a/",
         "http://é\ud800/",
         "ftp://x/",
+        "ftp://x/\r\ny",
+        "http://x/\r\nHost: y",
+        "http://x/\x1b[2J",
     ],
 )
 def test_malformed_addresses_are_one_line(url, tmp_path, capsys, monkeypatch):

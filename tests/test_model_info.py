@@ -161,9 +161,14 @@ def test_a_checkpoint_decides_what_is_seen(tmp_path, capsys):
         (["dsrnet_xl"], "dsrnet_s"),
         (["dsrnet_s", "mdsrnet_s", "--checkpoint", "x.pt", "--receptive_field", "y.png"], "single MODEL"),
         (["dsrnet_s", "--checkpoint", "x.pt"], "--receptive_field"),
+        (["dsrnet_s", "--size", "1000000000", "1000000000"], "1000000000 is above 1048576 pixels"),
     ],
 )
 def test_what_cannot_work_is_one_line(arguments, told, capsys):
-    assert program.run(model_info.main, arguments) == 2
+    try:
+        status = program.run(model_info.main, arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
     said = capsys.readouterr().err
     assert told in said and said.count("\n") == 1

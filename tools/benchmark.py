@@ -26,8 +26,9 @@ from pathlib import Path
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dereflect.options.arguments import gpu_list, natural_float, natural_int, positive_int, sixteens
+from dereflect.options.arguments import gpu_list, natural_float, natural_int, pixels, positive_int, sixteens
 from dereflect.options.parser import Parser
+from dereflect.util import disk
 from dereflect.util.program import run
 
 
@@ -40,7 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     options = parser.parse_args(arguments)
     options.arguments = " ".join(arguments)
     module, function = options.run.split(".")
-    return getattr(importlib.import_module(f"dereflect.tools.benchmarks.{module}"), function)(options)  # imports torch
+    run_it = getattr(importlib.import_module(f"dereflect.tools.benchmarks.{module}"), function)  # imports torch
+    from dereflect.util.device import enough_memory
+
+    for option in ("json", "markdown", "plot"):
+        if path := getattr(options, option, None):
+            with disk.writing(path.parent, f"--{option}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+    with enough_memory(lambda: f"{options.command}: there is too little memory for sizes like that"):
+        return run_it(options)
 
 
 def _add_scan(commands) -> None:
@@ -132,7 +141,7 @@ def _add_eval(commands) -> None:
     parser.set_defaults(run="overhead.run_eval")
     parser.add_argument("--inet", default="dsrnet_s", metavar="MODEL", help="the network (default: dsrnet_s)")
     parser.add_argument("--images", type=positive_int, default=50, metavar="N", help="in the test set (default: 50)")
-    parser.add_argument("--size", nargs=2, type=positive_int, default=[400, 300], metavar=("WIDTH", "HEIGHT"),
+    parser.add_argument("--size", nargs=2, type=pixels, default=[400, 300], metavar=("WIDTH", "HEIGHT"),
                         help="of the images (default: 400 300)")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="fp32",
                         help="as of a training (default: fp32)")  # fmt: skip
@@ -152,7 +161,7 @@ def _add_metrics(commands) -> None:
         "NCC, and LMSE window by window, as the published code computes them.",
     )
     parser.set_defaults(run="metrics.run_metrics")
-    parser.add_argument("--size", nargs=2, type=positive_int, default=[544, 416], metavar=("WIDTH", "HEIGHT"),
+    parser.add_argument("--size", nargs=2, type=pixels, default=[544, 416], metavar=("WIDTH", "HEIGHT"),
                         help="of the picture (default: 544 416)")  # fmt: skip
     parser.add_argument("--repeats", type=positive_int, default=9, metavar="N", help="of each (default: 9)")
     _add_output(parser)
@@ -205,7 +214,7 @@ def _shape(text: str) -> tuple[int, int, int]:
     """argparse type: `2,128,4096`."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not batch,channels,length such as 2,128,4096")
-    return tuple(map(int, text.split(",")))
+    return tuple(map(positive_int, text.split(",")))
 
 
 if __name__ == "__main__":

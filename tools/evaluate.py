@@ -26,6 +26,7 @@ if not __package__:  # started as a file
 
 from dereflect.options import parse_evaluate, separator_settings
 from dereflect.util import disk, tables
+from dereflect.util.errors import UserError
 from dereflect.util.program import run
 from dereflect.util.published import AVERAGE, AVERAGE_PUBLISHED, AVERAGED_SETS, FIGURES, TEST_SETS, averaged_sets
 
@@ -66,6 +67,7 @@ def evaluate(options: Namespace) -> None:
         UserError: there is no test set, a file can't be used, or the results can't be written.
     """
     from dereflect import data
+    from dereflect.data.folders import find_images
     from dereflect.models.separator import load_separator
     from dereflect.util.device import keep_freed_memory, set_deterministic
     from dereflect.util.evaluation import BASELINES
@@ -73,6 +75,11 @@ def evaluate(options: Namespace) -> None:
 
     set_deterministic(seed=0)
     keep_freed_memory()
+    if options.output:
+        disk.check_folder(options.output, "-o")
+    photographs = find_images(options.clean) if options.clean else []
+    if options.clean and not photographs:
+        raise UserError(f"--clean {options.clean}: no photograph in it")
     # All options that `discover` and the loaders read; `demo` silences the warnings that `doubts` gives.
     chosen = Namespace(
         **vars(options),
@@ -105,8 +112,8 @@ def evaluate(options: Namespace) -> None:
             estimate = of_model if kind == "model" else (kind, "", None)
             lines += summarise(*estimate, {n: [row[kind] for row in found] for n, found in measured.items()})
         rows += [{"checkpoint": str(checkpoint), "set": n, **row} for n, found in measured.items() for row in found]
-        if options.clean:
-            clean |= measure_clean(separator, str(checkpoint), options.clean, not clean)
+        if photographs:
+            clean |= measure_clean(separator, str(checkpoint), photographs, not clean)
     show = functools.partial(tables.as_text, left=1, width=tables.TERMINAL)
     print("\n" + as_tables(lines, warnings, options, lambda rows: show(rows) + "\n") + clean_as_table(clean, show))
     if options.output:
@@ -172,22 +179,17 @@ def measure_set(
     return rows
 
 
-def measure_clean(separator: "Separator", name: str, folder: Path, baselines: bool) -> dict[str, list[float]]:
+def measure_clean(separator: "Separator", name: str, files: Sequence[Path], baselines: bool) -> dict[str, list[float]]:
     """PSNR_joint of what comes out of photographs without reflections, against what went in, by estimate.
 
     Raises:
-        UserError: there is no photograph, or one can't be read.
+        UserError: one can't be read.
     """
-    from dereflect.data.folders import find_images
-    from dereflect.util.errors import UserError
     from dereflect.util.evaluation import BASELINES
     from dereflect.util.images import read_image
     from dereflect.util.metrics import joint_psnr
     from dereflect.util.progress import track
 
-    files = find_images(folder)
-    if not files:
-        raise UserError(f"--clean {folder}: no photograph in it")
     found: dict[str, list[float]] = {}
     for file in track(files, "clean photographs", len(files)):
         image = read_image(file)

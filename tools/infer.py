@@ -18,6 +18,7 @@ if not __package__:  # started as a file
 
 from dereflect.options import parse_infer, separator_settings
 from dereflect.options.arguments import STRIDE
+from dereflect.util import disk
 from dereflect.util.errors import UserError, printable
 from dereflect.util.jobs import Job, Plan, find_jobs, status
 from dereflect.util.program import Interrupted, run, starting
@@ -61,6 +62,8 @@ def infer(options: Namespace) -> int:
         UserError: a path names no photograph, or the network can't be loaded.
     """
     plan = find_jobs(options)
+    if options.output:
+        disk.check_folder(options.output, "-o")
     todo, skipped, problems = _todo(plan, options)
     for line in problems:
         print(f"error: {line}", file=sys.stderr)

@@ -27,7 +27,7 @@ from pathlib import Path
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dereflect.options.arguments import natural_float, positive_int
+from dereflect.options.arguments import natural_float, pixels, positive_int
 from dereflect.options.parser import Parser
 from dereflect.util import tables
 from dereflect.util.errors import UserError
@@ -38,13 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="model_info.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL",
                         help="networks of models/arch/__init__.py; train_sirs.py --list_models shows them")  # fmt: skip
-    parser.add_argument("--size", type=positive_int, nargs=2, default=[224, 224], metavar=("HEIGHT", "WIDTH"),
+    parser.add_argument("--size", type=pixels, nargs=2, default=[224, 224], metavar=("HEIGHT", "WIDTH"),
                         help="pixels of the image, rounded up to multiples of 16 (default: 224 224)")  # fmt: skip
     parser.add_argument("--depth", type=positive_int, default=2, metavar="N",
                         help="how deep networks are divided into modules (default: 2)")  # fmt: skip
     parser.add_argument("--receptive_field", type=Path, metavar="FILE.png",
                         help="draw the models' effective receptive fields side by side")  # fmt: skip
-    parser.add_argument("--field_size", type=positive_int, default=192, metavar="PIXELS",
+    parser.add_argument("--field_size", type=pixels, default=192, metavar="PIXELS",
                         help="side of the receptive field's images, rounded up to a multiple of 16 "
                              "(default: 192)")  # fmt: skip
     parser.add_argument("--hold_features", action="store_true",

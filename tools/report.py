@@ -20,6 +20,7 @@ if not __package__:  # started as a file
 
 from dereflect.options.arguments import gpu_list, positive_int
 from dereflect.options.parser import Parser
+from dereflect.util import disk
 from dereflect.util.errors import UserError
 from dereflect.util.program import run
 
@@ -58,12 +59,13 @@ def report(options: argparse.Namespace) -> None:
     if not options.run.is_dir() or not is_run(options.run):
         raise UserError(f"{options.run}: not the folder of a run; train_sirs.py leaves one under --checkpoints_dir")
     run = read_run(options.run)
+    path = options.output or options.run / "report.html"
+    disk.check_folder(path.parent, "-o" if options.output else "")
     shown, source = (), "none"
     if options.pictures != "none":
         from dereflect.tools.reports.pictures import of_run  # imports torch
 
         shown, source = of_run(run, options)
-    path = options.output or options.run / "report.html"
     page.write(path, run, curves(run), shown, source, options.max_side)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

@@ -182,7 +182,7 @@ def less_memory_for_images(shape: tuple[int, ...], name: str, device: torch.devi
 
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, RuntimeError):  # a GPU's, and what PyTorch's libraries for the CPU say
-        words = ("out of memory", "allocate memory", "bad_alloc")
+        words = ("out of memory", "allocate memory", "bad_alloc", "calculation overflowed", "multiplication overflow")
         return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
     return isinstance(error, MemoryError) or error.errno == errno.ENOMEM
 

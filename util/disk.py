@@ -43,7 +43,10 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
         UserError: the file can't be written; nothing of it is left.
     """
     with writing(path, option):
-        path = path.resolve() if path.is_symlink() else path
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))  # `Path.resolve` would raise what is no OSError at links in a circle
+            if path.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if path.exists() and not path.is_file():
             yield path
             return
@@ -69,6 +72,25 @@ def _temporary_name(path: Path) -> str:
         return begin + path.name
     digest = hashlib.blake2b(os.fsencode(path.name), digest_size=16).hexdigest()
     return f"{begin}{digest}{path.suffix[-16:]}"
+
+
+def check_folder(folder: Path, option: str = "") -> None:
+    """See whether files can be written into a folder, which need not exist yet, before the work for them is done.
+
+    Args:
+        folder: the folder.
+        option: the option that named it, if any; the message begins with it.
+
+    Raises:
+        UserError: they can't.
+    """
+    with writing(folder, option):
+        there = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
+        wrong = None if there.is_dir() else errno.ENOTDIR
+        if wrong is None and not os.access(there, os.W_OK | os.X_OK):
+            wrong = errno.EACCES
+        if wrong:
+            raise OSError(wrong, os.strerror(wrong))
 
 
 def read_regular(path: Path, most: int = 1 << 28) -> bytes:

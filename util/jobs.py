@@ -92,7 +92,7 @@ def find_photographs(paths: Sequence[str]) -> Search:
         UserError: a path leads to no photograph, or can't be followed.
     """
     search = Search()
-    seen: set[Path] = set()
+    seen: set[str] = set()
     several = sum(os.path.isdir(path) for path in paths) > 1  # noqa: PTH112 - doesn't raise
     for path in paths:
         before = len(search.problems)
@@ -102,7 +102,7 @@ def find_photographs(paths: Sequence[str]) -> Search:
                 raise UserError(search.problems[before])
             raise UserError(f"{path}: {_nothing(path, search)}")
         for source in sources:
-            if (real := source.file.resolve()) not in seen:
+            if (real := os.path.realpath(source.file)) not in seen:
                 seen.add(real)
                 search.sources.append(source)
     return search
@@ -126,7 +126,7 @@ def _sources(path: str, several: bool, search: Search) -> list[Source]:
     if known and not stat.S_ISDIR(known.st_mode):
         return [Source(top, Path(), False)]
     if known:
-        own = Path(top.resolve().name) if several else Path()
+        own = Path(Path(os.path.realpath(top)).name) if several else Path()
         files = [(file, own / file.parent.relative_to(top)) for file in sorted(_walk(top, search))]
     else:
         base = _fixed(path)
@@ -198,11 +198,11 @@ def find_jobs(options: Namespace) -> Plan:
     made, folders = set(), {}
     for source in search.sources:
         for kind, path in outputs(source, Path()).items():
-            made |= {(path.parent.resolve(), name) for name in (path.stem, f"{source.file.stem}_{kind}")}
+            made |= {(os.path.realpath(path.parent), name) for name in (path.stem, f"{source.file.stem}_{kind}")}
         folders.setdefault(source.file.stem, []).append(source.folder)
 
     def is_made(source: Source) -> bool:
-        here = (source.file.parent.resolve(), source.file.stem) in made
+        here = (os.path.realpath(source.file.parent), source.file.stem) in made
         return source.found and (here or _made_elsewhere(source, folders))
 
     earlier = [source.file for source in search.sources if is_made(source)]

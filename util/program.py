@@ -37,7 +37,8 @@ def run(
     """Call a program's `main(argv)` and return its exit status.
 
     The status is what `main` returns (None means 0), 2 after a UserError, a missing package or a path that can't be
-    followed, which are printed as one message to stderr, and 128 + the signal's number (130 for Ctrl-C) after a signal.
+    followed or no file can have, which are printed as one message to stderr, and 128 + the signal's number (130 for
+    Ctrl-C) after a signal.
     Nothing of this shows a traceback; a defect of the program does.
 
     Args:
@@ -64,6 +65,10 @@ def run(
         if error.filename is None or error.errno not in _OF_PATHS:
             raise
         return _fail(f"{printable(os.fsdecode(error.filename))}: {error.strerror}")
+    except ValueError as error:
+        if not str(error).startswith("embedded null "):
+            raise
+        return _fail("a name with a NUL in it, which no file can have")
     except (Interrupted, KeyboardInterrupt) as stop:
         number = getattr(stop, "number", signal.SIGINT)
         print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)

@@ -214,3 +214,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(little, numbers, leave):
         checkpoint.save({"x": [torch.zeros(MIB // 4 // numbers) for _ in range(numbers)]}, little / "last.pt")
     assert checkpoint.load(little / "last.pt") == {"step": 1}
     assert names(little) == ["last.pt", "others"]
+
+
+def test_links_in_a_circle_are_one_line_and_stay(tmp_path):
+    path = tmp_path / "a.png"
+    path.symlink_to(path)
+    told = r"a\.png: cannot be written: Too many levels of symbolic links"
+    with pytest.raises(UserError, match=told), disk.replacing(path):
+        pytest.fail("nothing can be written there")
+    assert path.is_symlink() and len(list(tmp_path.iterdir())) == 1

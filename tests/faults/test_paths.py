@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from dereflect import train_sirs
+from dereflect.models import separator
 from dereflect.tools import evaluate, export, infer, prepare_data, replay, report, summarize
 from dereflect.util import program
-from tests.helpers import errors
+from tests.helpers import errors, write_noise, write_pairs
 
 X = "PLACE/x.pt"
 CALLS = [
@@ -36,6 +37,7 @@ def place(request, tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     Path("file").touch()
+    Path("locked").mkdir()
     if request.param == "locked":
         plain = os.stat
 
@@ -45,9 +47,12 @@ def place(request, tmp_path, monkeypatch) -> str:
             return plain(path, *args, **more)
 
         monkeypatch.setattr(os, "stat", stat)
-        monkeypatch.setattr(os, "mkdir", lambda path, *_: stat(f"{path}/"))
-        plain_open = os.listdir
-        monkeypatch.setattr(os, "listdir", lambda path=".": stat(f"{path}/") and plain_open(path))
+        for name in ("mkdir", "listdir"):
+            call = getattr(os, name)
+            refused = lambda path=".", *more, call=call: (  # noqa: E731
+                stat(f"{path}/") if str(path).startswith("locked") else call(path, *more)
+            )
+            monkeypatch.setattr(os, name, refused)
     return request.param
 
 
@@ -61,3 +66,30 @@ def test_a_path_that_cannot_be_followed_is_one_line(tool, arguments, place, caps
     said = errors(capsys)
     assert status == 2 and place in said
     assert place != "locked" or "Permission denied" in said
+
+
+@pytest.mark.parametrize("target", ["PLACE", "PLACE/out/deeper"])
+def test_where_nothing_can_be_written_is_told_before_the_work(target, place, monkeypatch, capsys):
+    def work(*_, **__):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(separator, "load_separator", work)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith("locked"))
+    write_noise(Path("a.png"), 0)
+    write_pairs(Path("data/test/one"), "a")
+    Path("w.pt").touch()
+    Path("run").mkdir()
+    Path("run/options.yaml").write_text("inet: dsrnet_s\n")
+    target = target.replace("PLACE", place)
+    for tool, given in (
+        (infer, ["a.png", "--checkpoint", "w.pt", "-o", target]),
+        (evaluate, ["w.pt", "--base_dir", "data", "-o", target]),
+        (report, ["run", "-o", f"{target}/page.html"]),
+    ):
+        assert program.run(tool.main, given) == 2
+        assert f"-o {target}: cannot be written: " in errors(capsys)
+
+
+def test_a_name_that_no_file_can_have(capsys):
+    assert program.run(lambda _: Path("a\0b").stat()) == 2
+    assert "NUL" in errors(capsys)

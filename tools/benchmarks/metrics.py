@@ -8,6 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dereflect.tools.benchmarks import common, machine, output
 from dereflect.tools.benchmarks.common import Measurement
+from dereflect.util.errors import UserError
 from dereflect.util.metrics import PEAK, quality_assess
 
 WINDOW, STEP = 20, 10  # of LMSE
@@ -46,6 +47,8 @@ def lmse(estimate: np.ndarray, target: np.ndarray) -> float:
 
 def run_metrics(options: argparse.Namespace) -> None:
     width, height = options.size
+    if min(options.size) < WINDOW:
+        raise UserError(f"--size {width} {height}: a side has fewer pixels than LMSE's windows, {WINDOW}")
     rng = np.random.default_rng(0)
     target = rng.uniform(0, PEAK, (height, width, 3)).astype(np.float32)
     estimate = np.clip(target + rng.normal(0, 20, target.shape), 0, PEAK).astype(np.float32)

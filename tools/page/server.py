@@ -231,7 +231,7 @@ def listen(host: str, port: int) -> socket.socket:
         door = socket.create_server((host, port), family=family)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK)  # of each connection: what a slow one may hold
         return door
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); try another --port") from error
 
 

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from dereflect.util.errors import UserError
+from dereflect.util.errors import UserError, printable
 from dereflect.util.progress import track
 
 ATTEMPTS = 5
@@ -33,8 +33,9 @@ def download(url: str, path: Path) -> None:
     Raises:
         UserError: it can't be fetched or written.
     """
+    shown = printable(url)
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"--url {url}: not an address that begins with http:// or https://")
+        raise UserError(f"--url {shown}: not an address that begins with http:// or https://")
     if os.path.lexists(path):
         raise UserError(f"{path}: is there already; unpack it, or move it away to fetch it anew")
     part, note = (path.with_name(path.name + suffix) for suffix in (".part", ".part.json"))
@@ -57,7 +58,7 @@ def download(url: str, path: Path) -> None:
                 _transfer(url, part, note)
                 break
             except (http.client.InvalidURL, ValueError, OverflowError) as error:
-                raise UserError(f"--url {url}: not an address that can be asked ({error})") from error
+                raise UserError(f"--url {shown}: not an address that can be asked ({printable(error)})") from error
             except (OSError, http.client.HTTPException) as error:
                 answered = isinstance(error, urllib.error.HTTPError)
                 reason = str(error if answered else getattr(error, "reason", error)) or type(error).__name__
@@ -65,7 +66,7 @@ def download(url: str, path: Path) -> None:
             size = part.stat().st_size
             failures = 0 if size > before else failures + 1
             if refused or failures == ATTEMPTS or (failures and not size):
-                raise UserError(f"{url} can't be fetched ({reason}). {_HELP.format(path=path)}")
+                raise UserError(f"{shown} can't be fetched ({reason}). {_HELP.format(path=path)}")
             print(f"{reason}; {size / 1e6:.1f} MB are there, going on", flush=True)
             time.sleep(_PAUSE)
     finally:
