@@ -23,6 +23,8 @@ class SameConv2d(nn.Conv2d):
     """A convolution padded as TensorFlow's SAME: the result has ceil(size / stride), an odd rest pads the end.
 
     Args:
+        kernel: 1 or 3.
+        stride: 1 or 2.
         relu6: clamp the result to 0..6.
     """
 
@@ -31,11 +33,10 @@ class SameConv2d(nn.Conv2d):
         self.relu6 = relu6
 
     def forward(self, x: Tensor) -> Tensor:
-        (kernel, _), (stride, _) = self.kernel_size, self.stride
-        total = [max(0, (-(-size // stride) - 1) * stride + kernel - size) for size in x.shape[-2:]]
-        if any(total):
-            high, wide = total
-            x = F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
+        if self.kernel_size[0] == 3:
+            # Every second pixel of an even side is the middle of three of which none precedes the first.
+            high, wide = (1 if self.stride[0] == 1 else size % 2 for size in x.shape[-2:])
+            x = F.pad(x, (wide, 1, high, 1))
         x = super().forward(x)
         return F.relu6(x) if self.relu6 else x
 

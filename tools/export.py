@@ -1,9 +1,12 @@
-"""Weights alone, for others to use: a checkpoint's, without the optimiser's state, as a .safetensors file.
+"""A trained network for others to use: its weights alone, or a file that runs without this project.
 
     python tools/export.py checkpoints/dsrnet_xs/best.pt -o dsrnet_xs.safetensors
+    python tools/export.py checkpoints/dsrnet_xs/best.pt --to onnx -o dsrnet_xs.onnx
+    python tools/export.py checkpoints/dsrnet_xs/best.pt --to torch -o dsrnet_xs.pt2
 
-Where there is a moving average, its weights are taken. The file names the network and the options of its training, but
-none of the machine, such as folders. All programs here take it as they take a checkpoint.
+Where there is a moving average, its weights are taken. A .safetensors file names the network and the options of its
+training, but none of the machine, such as folders; all programs here take it as they take a checkpoint. The two others
+hold the network with its frozen features in float32, for images of any size; see `models.exported`.
 """
 
 import sys
@@ -17,18 +20,35 @@ from dereflect.options.arguments import roles
 from dereflect.options.parser import WHAT, Parser
 from dereflect.util.program import run
 
+_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument("--half", action="store_true", help="write 16-bit floating point numbers: half the size")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .safetensors, .onnx "
+                        "or .pt2")  # fmt: skip
+    parser.add_argument("--to", choices=tuple(_SUFFIXES), default="safetensors", help="safetensors: the weights alone; "
+                        "onnx, torch: a program for images of any size that onnxruntime or torch alone runs "
+                        "(default: safetensors)")  # fmt: skip
+    parser.add_argument("--half", action="store_true", help="write 16-bit floating point numbers: half the size; for "
+                        "safetensors alone")  # fmt: skip
+    parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE", help="for onnx and torch, where the network "
+                        "takes VGG19's features: their weights (default: those of the training)")  # fmt: skip
     options = parser.parse_args(argv)
-    if options.output.suffix != ".safetensors":
-        parser.error(f"-o {options.output}: must end in .safetensors")
-    print(export(options.checkpoint, options.output, options.half))
+    suffix = _SUFFIXES[options.to]
+    if options.output.suffix != suffix:
+        parser.error(f"-o {options.output}: must end in {suffix}")
+    if options.half and options.to != "safetensors":
+        parser.error(f"--half: doesn't go with --to {options.to}, which is in float32")
+    if options.vgg_weights and options.to == "safetensors":
+        parser.error("--vgg_weights: only with --to onnx or torch")
+    if options.to == "safetensors":
+        print(export(options.checkpoint, options.output, options.half))
+    else:
+        print(export_runnable(options.checkpoint, options.output, options.to, options.vgg_weights))
 
 
 def export(source: Path, target: Path, half: bool = False) -> str:
@@ -54,6 +74,28 @@ def export(source: Path, target: Path, half: bool = False) -> str:
     state = {key: value.half() if half else value for key, value in network.state_dict().items()}
     checkpoint.save_weights(state, about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
+
+
+def export_runnable(source: Path, target: Path, to: str, vgg_weights: str | None = None) -> str:
+    """Write a checkpoint's network as an ONNX model (`to` "onnx") or torch's program; returns a line about it.
+
+    Raises:
+        UserError: as `load_separator`; packages are missing, or the file can't be written.
+    """
+    from dereflect.models import exported
+    from dereflect.models.separator import load_separator
+
+    if to == "onnx":
+        exported.check_onnx()
+    separator = load_separator(source, vgg_weights=vgg_weights, precision="fp32", gpu_ids=[])
+    print(f"exporting {separator.inet}: takes a minute or more", file=sys.stderr, flush=True)
+    program = exported.export_program(separator.model.network, separator.model.features)
+    if to == "onnx":
+        form = f"ONNX, opset {exported.write_onnx(program, target)}"
+    else:
+        exported.write_torch(program, target)
+        form = "torch.export"
+    return f"{target}: {separator.inet}, {form}, {target.stat().st_size / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

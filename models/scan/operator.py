@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dereflect.models.operators import custom_op
 from dereflect.models.scan.backends import backend_module, choose_backend, requested_backend
+from dereflect.models.scan.exported import selective_scan_exported
 
 
 def selective_scan(
@@ -38,6 +39,7 @@ def selective_scan(
             backend `mamba_ssm` needs flipped copies of the tensors for that.
 
     Strides may be any; y has those of u. The state and all sums are float32 (float64 for float64 input).
+    Where torch.export traces it, it is `selective_scan_exported`.
     y has u's dtype and every gradient that of its input. The gradient is not differentiable again; that of
     `selective_scan_reference` is.
 
@@ -46,6 +48,8 @@ def selective_scan(
         RuntimeError: for a requested backend that can't run here, with the reason.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
+    if torch.compiler.is_exporting() and not return_last_state:
+        return selective_scan_exported(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     name = choose_backend(backend or requested_backend(), u.device.type, u.dtype)
     y, last_state, _, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, name)
     return (y, last_state) if return_last_state else y
