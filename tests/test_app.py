@@ -97,8 +97,12 @@ def test_checkpoints_are_found_or_given_the_bundled_one_first(tmp_path, monkeypa
         path = Path("checkpoints") / name / "best.pt"
         executable(path, "")
         os.utime(path, (1e9 - age, 1e9 - age))
+        executable(path.with_name("last.pt"), "")
     executable(tmp_path / "published.pt", "")
     assert list(app.find_checkpoints(None)) == [bundled, "new", "older", "oldest"]
+    without_pairs = Path("checkpoints/photographs/last.pt")
+    executable(without_pairs, "")
+    assert app.find_checkpoints(None)["photographs"] == without_pairs
     given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt", PRETRAINED]
     assert app.find_checkpoints(given) == {bundled: PRETRAINED, "published.pt": given[0], "new": given[1]}
     with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):
