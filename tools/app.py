@@ -40,8 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     weights = arguments.add_weights(parser)
     weights.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                         help=f"to choose from, beside the bundled one (default: {CHECKPOINTS[1]}, or last.pt where there "
-                              "is none)")  # fmt: skip
+                         help=f"to choose from, beside the bundled one (default: {CHECKPOINTS[1]}, or last.pt where "
+                              "there is none)")  # fmt: skip
     arguments.add_tiles(parser)
     arguments.add_device(parser, trained=True)
     page = parser.add_argument_group("page")
