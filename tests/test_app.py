@@ -97,8 +97,12 @@ def test_checkpoints_are_found_or_given_the_bundled_one_first(tmp_path, monkeypa
         path = Path("checkpoints") / name / "best.pt"
         executable(path, "")
         os.utime(path, (1e9 - age, 1e9 - age))
+        executable(path.with_name("last.pt"), "")
     executable(tmp_path / "published.pt", "")
     assert list(app.find_checkpoints(None)) == [bundled, "new", "older", "oldest"]
+    without_pairs = Path("checkpoints/photographs/last.pt")
+    executable(without_pairs, "")
+    assert app.find_checkpoints(None)["photographs"] == without_pairs
     given = [Path("published.pt"), tmp_path / "checkpoints/new/best.pt", PRETRAINED]
     assert app.find_checkpoints(given) == {bundled: PRETRAINED, "published.pt": given[0], "new": given[1]}
     with pytest.raises(UserError, match=r"--checkpoint absent\.pt: there is no such file"):
@@ -128,13 +132,10 @@ def test_the_checkpoint_used_last_stays_loaded(stand_in):
     assert app.Separators(checkpoints, options).chosen == "a"
 
 
-@pytest.mark.parametrize("host", ["n" * 300, "..", "x" * 64 + ".y", "\udce9", "256.1.1.1"])
-def test_a_host_that_is_none(host):
-    with pytest.raises(UserError, match="--port 0: cannot listen there"):
-        page_server.listen(host, 0)
-
-
-def test_a_port_that_is_taken():
+def test_a_port_that_is_taken_and_a_host_that_is_none():
+    for host in ("n" * 300, "..", "x" * 64 + ".y", "\udce9", "256.1.1.1"):
+        with pytest.raises(UserError, match="--port 0: cannot listen there"):
+            page_server.listen(host, 0)
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
         with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: cannot listen there"):

@@ -54,6 +54,13 @@ def test_ctrl_c_is_130_without_a_traceback(name, monkeypatch, capsys):
     assert line.startswith("stopped by SIGINT")
 
 
+def test_of_several_processes_the_first_one_tells_of_a_signal(monkeypatch, capsys):
+    for rank, told in (("0", "stopped by SIGTERM\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert program.run(lambda _: signal.raise_signal(signal.SIGTERM)) == 128 + signal.SIGTERM
+        assert capsys.readouterr().err == told
+
+
 @every_program
 def test_a_closed_pipe_is_no_error(name, monkeypatch, capfd):
     """`program | head -1`: what is printed after head has left is lost."""

@@ -1,6 +1,6 @@
 """A page in the browser: drop photographs, get them without their reflections.
 
-    python tools/app.py                                            the bundled weights, and every checkpoints/*/best.pt
+    python tools/app.py                                            the bundled weights, and every run under checkpoints/
     python tools/app.py --checkpoint dsrnet_l.pt mdsrnet_l.pt      these, the first of them chosen, and the bundled
     python tools/app.py --checkpoint published.pt --inet dsrnet_l --vgg_weights vgg19.pth
 
@@ -30,7 +30,7 @@ from dereflect.util.scratch import own_folder
 if TYPE_CHECKING:
     from dereflect.util.photographs import Photograph
 
-CHECKPOINTS = "checkpoints/*/best.pt"
+CHECKPOINTS = ("checkpoints/*/last.pt", "checkpoints/*/best.pt")  # the second stands before the first
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     weights = arguments.add_weights(parser)
     weights.add_argument("--checkpoint", type=Path, nargs="+", metavar="FILE",
-                         help=f"to choose from, beside the bundled one (default: {CHECKPOINTS})")  # fmt: skip
+                         help=f"to choose from, beside the bundled one (default: {CHECKPOINTS[1]}, or last.pt where "
+                              "there is none)")  # fmt: skip
     arguments.add_tiles(parser)
     arguments.add_device(parser, trained=True)
     page = parser.add_argument_group("page")
@@ -94,18 +95,21 @@ def find_checkpoints(given: list[Path] | None) -> dict[str, Path]:
     """Checkpoints by the names that the page shows, the bundled one first.
 
     Args:
-        given: files, or None for those of all runs under the current folder, the newest first.
+        given: files, or None for those of all runs under the current folder, the newest first: best.pt, or last.pt of
+            a run that has none, such as one without held-out pairs.
 
     Raises:
         UserError: a file is missing.
     """
-    runs = sorted(Path().glob(CHECKPOINTS), key=lambda path: path.stat().st_mtime, reverse=True)
+    of_runs = {path.parent: path for pattern in CHECKPOINTS for path in Path().glob(pattern)}.values()
+    runs = sorted(of_runs, key=lambda path: path.stat().st_mtime, reverse=True)
     found = list(dict.fromkeys([PRETRAINED, *(given or runs)]))
     for path in found:
         if not arguments.is_file(path):
             raise UserError(f"--checkpoint {path}: there is no such file")
     short = {PRETRAINED: f"{PRETRAINED.stem} (bundled)"}
-    names = [short.get(path, path.parent.name if path.match(CHECKPOINTS) else str(path)) for path in found]
+    is_of_run = {path: any(map(path.match, CHECKPOINTS)) for path in found}
+    names = [short.get(path, path.parent.name if is_of_run[path] else str(path)) for path in found]
     return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, found, strict=True)}
 
 

@@ -71,7 +71,8 @@ def run(
         return _fail("a name with a NUL in it, which no file can have")
     except (Interrupted, KeyboardInterrupt) as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first one tells
+            print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
 
 
