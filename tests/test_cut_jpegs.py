@@ -91,6 +91,7 @@ def test_what_ends_in_grey_is_read(grey, progressive, quality, tmp_path):
     (tmp_path / "a.jpg").write_bytes(by_pil(image, "JPEG", quality=quality, progressive=progressive))
     for read in READERS.values():
         read(tmp_path / "a.jpg")
+    np.testing.assert_allclose(read_image(tmp_path / "a.jpg")[-8:], grey / 255, atol=0.05)
 
 
 @pytest.mark.parametrize("end", [END, b""], ids=["ended", "not ended"])

@@ -44,10 +44,6 @@ def _added_up(parts: Tensor) -> Tensor:
     return sums
 
 
-def runs_on(device: str) -> bool:
-    return device == "cpu"
-
-
 def new(like: Tensor, *shape: int) -> Tensor:
     return in_huge_pages(like.new_empty(shape))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import re
 import warnings
@@ -73,7 +74,7 @@ class About:
         return self.xmp and _XMP_ORIENTATION.sub(rb"tiff:Orientation\g<1>1", self.xmp)
 
 
-class Picture:
+class Picture(abc.ABC):
     """A file whose header has been read. Colours and sizes are as stored, not turned.
 
     Attributes:
@@ -98,13 +99,13 @@ class Picture:
         """The EXIF orientation."""
         return self.about(brief=True).orientation
 
+    @abc.abstractmethod
     def about(self, brief: bool = False) -> About:
         """What else the file says; a brief look is for the orientation alone. Nothing wrong with it is raised."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def glance(self) -> bool:
         """Whether the file looks whole by its header, lengths and end. Nothing is decoded."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Go through all pixels, holding as few of them as the format allows; what is wrong is raised."""
@@ -118,9 +119,9 @@ class Picture:
         colours, _ = self.samples()
         return Image.fromarray(to_bytes(colours))
 
+    @abc.abstractmethod
     def samples(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Colours (H, W, 3), uint8 or uint16, and alpha (H, W) of the same type, if the file has one."""
-        raise NotImplementedError
 
 
 class PilPicture(Picture):
