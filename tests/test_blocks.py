@@ -77,7 +77,7 @@ def folder(tmp_path, monkeypatch):
 def test_python(page, folder):
     """A page's blocks follow each other in one program."""
     program = "\n".join(block.values[0] for block in blocks("python") if block.id.startswith(f"{page}:"))
-    code = f"import sys; sys.path.append({str(ROOT)!r})\n{program}"
+    code = f"import sys; sys.path.insert(1, {str(ROOT)!r})\n{program}"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

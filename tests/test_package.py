@@ -48,7 +48,7 @@ def elsewhere(tmp_path):
 
 
 def use(installed: Path, folder: Path, code: str) -> str:
-    code = f"import sys; sys.path.append({str(installed)!r})\n{code}"
+    code = f"import sys; sys.path.insert(1, {str(installed)!r})\n{code}"  # before a checkout that is installed
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
