@@ -111,6 +111,13 @@ def test_the_commands_of_the_package_help(installed, elsewhere):
         assert "usage: " in use(installed, elsewhere, run)
 
 
+def test_a_missing_package_of_an_extra_is_named_without_files_that_are_not_installed(installed, elsewhere):
+    code = "sys.modules['uvicorn'] = None; sys.argv = ['dereflect-page']; from dereflect.tools.app import program\n"
+    code += "sys.stderr = sys.stdout; status = program(); assert status == 2"
+    told = use(installed, elsewhere, code)
+    assert "uvicorn" in told and told.rstrip().endswith(f"{sys.executable} -m pip install uvicorn")
+
+
 def test_the_scan_alone_loads_nothing_of_the_networks(installed, elsewhere):
     code = """
 from dereflect import Mamba, causal_conv1d, selective_scan

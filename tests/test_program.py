@@ -101,6 +101,7 @@ def missing(_):
 
 def test_where_the_runner_has_made_an_environment_it_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "_ROOT", tmp_path)
+    (tmp_path / "requirements.txt").touch()
     monkeypatch.chdir(tmp_path)
     assert program.run(missing) == 2
     assert "-m pip install -r requirements.txt" in capsys.readouterr().err

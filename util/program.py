@@ -109,6 +109,8 @@ def _advice(error: ImportError, requirements: str) -> str:
     made = _ROOT / ".venv/bin/python"
     if made.exists() and Path(sys.prefix).resolve() != made.parents[1].resolve():
         return f"{cause}; use the Python that ./runner.sh has set up: {os.path.relpath(made)}"
+    if not (_ROOT / requirements).exists():  # an installed package, which has no files beside it
+        return f"{cause}; do: {sys.executable} -m pip install {error.name}"
     file = os.path.relpath(_ROOT / requirements)
     return f"{cause}; do: {sys.executable} -m pip install -r {file} (or start ./runner.sh, which makes a .venv)"
 
