@@ -58,7 +58,7 @@ def test_as_perceptual_loss(mobilenet):
     assert estimate.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["dsrnet_mobile_xs", "madsrnet_xs"])
+@pytest.mark.parametrize("name", ["dsrnet_mobile_xs", "madsrnet_xs", "madsrnet_half_xs", "madsrnet80_xs"])
 @pytest.mark.parametrize("size", [(64, 96), (80, 48)])
 def test_networks_start_as_the_identity(name, size):
     network = create_model(name).eval()

@@ -75,7 +75,7 @@ class Pyramid(nn.Module):
         self.fuse_image = Conv1x1(2 * neck, width)
 
     def forward(self, image: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W)."""
+        """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W); v1 may be smaller than the image."""
         laterals = [block(_both(v)) for block, v in zip(self.lateral, features, strict=True)]
         size = features[-2].shape[-2:]  # twice that of the last, or one less
         f = F.interpolate(laterals[-1], size, mode="bilinear", align_corners=True)
@@ -83,7 +83,9 @@ class Pyramid(nn.Module):
             f = self.fuse[level](torch.cat([f, laterals[level]], dim=1))
             f = self.refine[level](F.pixel_shuffle(f, 2))
         f = self.refine[0](self.fuse[0](torch.cat([f, laterals[0]], dim=1)))
-        f = self.refine_narrow(self.narrow(f))  # (2B, neck, H, W)
+        f = self.refine_narrow(self.narrow(f))  # (2B, neck, size of the finest features)
+        if f.shape[-2:] != image.shape[-2:]:
+            f = F.interpolate(f, image.shape[-2:], mode="bilinear", align_corners=False)
         return self.fuse_image(torch.cat([f, self.image(_both(image))], dim=1))
 
 
