@@ -29,7 +29,9 @@ echo "GPU 12: NVIDIA T4 (UUID: GPU-3d)"
 
 
 def executable(path: Path, text: str) -> None:
+    """A new file, also where a link is: never what the link leads to, which may be a program of the system."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     path.write_text(text)
     path.chmod(0o755)
 

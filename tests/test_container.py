@@ -106,6 +106,12 @@ def without_root(host: Host) -> None:
     executable(host.bin / "id", "#!/bin/sh\ncase $1 in\n-un) echo someone ;;\n*) echo 1234 ;;\nesac\n")
 
 
+def test_stand_ins_replace_links_and_leave_the_programs_of_the_system(docker):
+    before = Path(shutil.which("id")).read_bytes()
+    without_root(docker)
+    assert Path(shutil.which("id")).read_bytes() == before and (docker.bin / "id").read_bytes() != before
+
+
 def test_run_builds_once_and_runs_the_command(docker):
     command = ["./runner.sh", "0", "mdsrnet_l", "in a container"]
     build, run = docker.did("run", *command)
