@@ -55,10 +55,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there is something to show."""
+    """Shows defaults where there is something to show that the help doesn't say itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or "(default: " in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

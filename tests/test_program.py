@@ -47,6 +47,15 @@ def test_here_is_every_program():
     assert set(PROGRAMS) == found | {"train_sirs"}
 
 
+@pytest.mark.parametrize("name", [*PROGRAMS, *(f"tools.benchmark {kind}" for kind in ("scan", "step", "eval", "data"))])
+def test_help_shows_a_default_once(name, capsys):
+    module, *subcommand = name.split()
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"dereflect.{module}").main([*subcommand, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: ") and not re.search(r"\(default: [^)]*\)[ .]*\(default: ", shown)
+
+
 @every_program
 def test_ctrl_c_is_130_without_a_traceback(name, monkeypatch, capsys):
     assert run(name, lambda: signal.raise_signal(signal.SIGINT), monkeypatch) == 130
