@@ -69,11 +69,14 @@ def double(arguments) -> list:
 def assert_matches_reference(dtype, **shape) -> None:
     for name, arguments in operators(dtype, **shape).items():
         found, expected = call(name, arguments, "cpu"), call(name, double(arguments), "reference")
-        for i, (ours, exact) in enumerate(zip(found, expected, strict=True)):
+        plain = call(name, arguments, "reference")  # channels that are nearly equal cost any norm in float32 digits
+        for i, (ours, exact, like) in enumerate(zip(found, expected, plain, strict=True)):
             assert ours.shape == exact.shape
             scale = exact.abs().max() if exact.numel() else 1
-            error = (ours.double() - exact).abs().max() if exact.numel() else 0
-            assert error <= TOLERANCE[dtype] * scale + 1e-30, f"{name}, result {i}: off by {error / scale:.1e}"
+            error, allowed = ((x.double() - exact).abs().max() if exact.numel() else 0 for x in (ours, like))
+            assert error <= max(TOLERANCE[dtype] * scale, 4 * allowed) + 1e-30, (
+                f"{name}, result {i}: off by {error / scale:.1e}"
+            )
 
 
 # Numbers ---------------------------------------------------------------------------------------------------
@@ -246,6 +249,15 @@ def test_blocks_are_as_exact_as_in_plain_torch(kind, shape, autocast):
     assert own <= 1.3 * theirs + 1e-6
     turned = output_and_gradients(block, x.contiguous(memory_format=torch.channels_last), "cpu", autocast)
     assert torch.equal(turned["out"], ours["out"])
+
+
+def test_a_single_image_that_is_not_channels_last():
+    """As rows of channels it is a view with gaps."""
+    block, x = random_block(NAF, 8), draw(1, 8, 12, 12)
+    passes.set_backend("cpu")
+    assert torch.equal(block(x), block(x.contiguous(memory_format=torch.channels_last)))
+    with pytest.raises(ValueError, match="has gaps"):
+        passes.norm(x[0].flatten(1).t(), 1e-6, "cpu")
 
 
 def test_without_gradients_nothing_is_recorded(monkeypatch):

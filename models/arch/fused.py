@@ -151,8 +151,8 @@ def _cast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) to (N*H*W, C); a view where x is channels_last."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """(N, C, H, W) to (N*H*W, C) without gaps; a view where x is channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()  # of a single image the reshaped may have gaps
 
 
 def _image(rows: Tensor, like: Tensor) -> Tensor:

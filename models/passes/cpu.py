@@ -24,7 +24,9 @@ def compiled(make, dtype: torch.dtype, *how):
 
 
 def _run(kernel, tasks: int, *settings, scratch: int = 1) -> None:
-    """All tasks of a kernel, with so many vectors of scratch memory; settings are tensors and numbers."""
+    """All tasks of a kernel, with so many vectors of scratch memory; settings are tensors without gaps, and numbers."""
+    if not all(s.is_contiguous() for s in settings if isinstance(s, Tensor)):
+        raise ValueError("passes: a tensor has gaps")
     run_tasks(kernel, tasks, scratch, *(s.data_ptr() if isinstance(s, Tensor) else s for s in settings))
 
 
