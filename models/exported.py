@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from dereflect.util import disk
 from dereflect.util.errors import UserError
 
 INPUT, OUTPUTS = "image", ("transmission", "reflection")
+CLOSE = 1e-4  # between a network and its file, of values around 1; what was seen is below 5e-7
 LEAST = 2 * STRIDE + 1  # pixels of a side: sizes of one pixel would be a case of their own, at the coarsest level, too
 
 
@@ -35,12 +36,12 @@ class _Exported(nn.Module):
 
 
 def check_onnx() -> None:
-    """See whether ONNX models can be made here.
+    """See whether ONNX models can be made, and be checked, here.
 
     Raises:
         UserError: packages are missing; the message names them.
     """
-    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]:
         raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
@@ -48,6 +49,9 @@ def export_program(network: nn.Module, features: nn.Module | None) -> torch.expo
     """The network on the CPU in float32, its frozen features included, as torch.export's program for any size.
 
     Its argument is the image, (1, 3, H, W) in 0..1, both sides at least LEAST; it returns what OUTPUTS names.
+
+    Raises:
+        UserError: this version of torch makes a program that computes something else.
     """
     model = _Exported(network, features).cpu().float().eval().requires_grad_(False)
     sides = {2: torch.export.Dim("height", min=LEAST), 3: torch.export.Dim("width", min=LEAST)}
@@ -68,7 +72,21 @@ def export_program(network: nn.Module, features: nn.Module | None) -> torch.expo
                 part.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
+    _check("torch.export", program.module(), model)
     return program
+
+
+def _check(maker: str, ours: Callable[[Tensor], Sequence], expected: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """Compare at a size that isn't the one traced: a wrong file must not be written."""
+    image = torch.rand(1, 3, LEAST, LEAST + 12)
+    with torch.no_grad():
+        pairs = zip(ours(image), expected(image), strict=True)
+    off = max((torch.as_tensor(found) - wanted).abs().max().item() for found, wanted in pairs)
+    if not off <= CLOSE:
+        raise UserError(
+            f"{maker} of torch {torch.__version__} gives results that are off by {off:.1e}, where {CLOSE} is allowed; "
+            "nothing is written. A newer torch may do it: it is tested with 2.14"
+        )
 
 
 def write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -85,8 +103,10 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> int:
     """Write a program as an ONNX model, its input and outputs named as INPUT and OUTPUTS say; returns its opset.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file can't be written, or computes something else.
     """
+    import onnxruntime
+
     with _quiet():
         # Runtimes optimise it as they load it; the exporter's own optimiser takes minutes where there are scans.
         model = torch.onnx.export(
@@ -95,6 +115,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> int:
     for graph in (model.model.graph, *model.model.functions.values()):
         for node in graph.all_nodes():
             node.metadata_props.clear()  # where in the source it comes from: half of the file
+    session = onnxruntime.InferenceSession(model.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    _check("ONNX export", lambda image: session.run(None, {INPUT: image.numpy()}), program.module())
     with disk.replacing(path) as temporary:
         model.save(temporary, external_data=False)
     return model.model.opset_imports[""]

@@ -20,6 +20,7 @@ from dereflect.models.scan.exported import CHUNK, selective_scan_exported
 from dereflect.options import PRETRAINED
 from dereflect.tools import export
 from dereflect.util import program
+from dereflect.util.errors import UserError
 from tests.helpers import ROOT, errors
 
 SIZES = [(48, 64), (33, 101), (95, 50), (64, 64)]
@@ -42,6 +43,17 @@ class Small(nn.Module):
         x = self.mamba(self.block(self.narrow(F.pixel_unshuffle(image, 4))))
         transmission, reflection = F.pixel_shuffle(self.widen(x), 4).chunk(2, 1)
         return image + transmission, reflection, torch.zeros_like(image)
+
+
+class Times(nn.Module):
+    """Stands in for a network: a multiplication."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image, features):
+        return image * self.factor, image, torch.zeros_like(image)
 
 
 def check(network, folder) -> None:
@@ -71,6 +83,21 @@ def check(network, folder) -> None:
 
 def test_both_files_at_any_size(tmp_path):
     check(Small(), tmp_path)
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
+    """As some versions of torch make them."""
+    one, other = (exported.export_program(Times(factor), None) for factor in (1, 1.01))
+    to_onnx = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda _, **more: to_onnx(one, **more))
+    with pytest.raises(
+        UserError, match=r"ONNX export of torch .* off by \d\.\de-0[23], where 0\.0001 is allowed; nothing"
+    ):
+        exported.write_onnx(other, tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: one)
+    with pytest.raises(UserError, match=r"torch\.export of torch"):
+        exported.export_program(Times(1.01), None)
 
 
 @pytest.mark.slow
@@ -123,4 +150,4 @@ def test_options_that_do_not_fit_are_told(more, said, capsys):
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(exported, "find_spec", lambda name: None)
     assert program.run(export.main, [str(PRETRAINED), "--to", "onnx", "-o", str(tmp_path / "x.onnx")]) == 2
-    assert "pip install onnx onnxscript" in errors(capsys)
+    assert "pip install onnx onnxscript onnxruntime" in errors(capsys)

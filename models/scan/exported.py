@@ -20,6 +20,11 @@ from dereflect.models.scan.backends.reference import flipped
 CHUNK = 64  # steps; with C chunks there are 2 * CHUNK + C steps one after the other
 
 
+def is_exported() -> bool:
+    """Whether `torch.export`, not strict, traces this. torch 2.11 compiles as if it exported, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def selective_scan_exported(
     u: Tensor,
     delta: Tensor,

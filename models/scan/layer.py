@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dereflect.models.scan.causal_conv import causal_conv1d
+from dereflect.models.scan.exported import is_exported
 from dereflect.models.scan.operator import selective_scan
 
 
@@ -104,7 +105,7 @@ def _project(weight: Tensor, x: Tensor) -> Tensor:
 
 def _is_short(weight: Tensor, x: Tensor) -> bool:
     """Whether it is cheaper to join all images' steps into one matrix than to read the weight for every image."""
-    if torch.compiler.is_exporting():
+    if is_exported():
         return False  # the program is for sequences of any length
     return x.shape[0] * x.shape[2] < weight.shape[1]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dereflect.models.operators import custom_op
 from dereflect.models.scan.backends import backend_module, choose_backend, requested_backend
-from dereflect.models.scan.exported import selective_scan_exported
+from dereflect.models.scan.exported import is_exported, selective_scan_exported
 
 
 def selective_scan(
@@ -48,7 +48,7 @@ def selective_scan(
         RuntimeError: for a requested backend that can't run here, with the reason.
     """
     _check(u, delta, A, B, C, D, z, delta_bias)
-    if torch.compiler.is_exporting() and not return_last_state:
+    if is_exported() and not return_last_state:
         return selective_scan_exported(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     name = choose_backend(backend or requested_backend(), u.device.type, u.dtype)
     y, last_state, _, _ = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, name)
