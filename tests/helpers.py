@@ -31,6 +31,16 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 PHOTOGRAPHS = "train/VOCdevkit/VOC2012/PNGImages"
 
+
+def project_table() -> dict:
+    """`[project]` of pyproject.toml."""
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11
+        from pip._vendor import tomli as tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 # ---- runs ---------------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,7 @@ def installed(project, *prelude: str, uv: bool) -> list[str]:
     assert done.stderr.splitlines()[0].startswith(
         "Installing requirements.txt into .venv with " + ("uv" if uv else "pip")
     )
-    assert ("2 GB" if len(log.read_text().splitlines()) == 2 else "6 GB") in done.stderr
+    assert ("1.5 GB" if len(log.read_text().splitlines()) == 2 else "6 GB") in done.stderr
     assert f"because {sys.executable} lacks torch<100,>=99" in done.stderr
     return log.read_text().splitlines()
 

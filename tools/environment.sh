@@ -133,7 +133,7 @@ install() {
     local index=https://download.pytorch.org/whl/cpu size="6 GB" pip=pip torch='' quiet=''
     [ "$(uname -s)" = Linux ] || size="2 GB"
     if [ -n "${CPU_ONLY:-}" ] && [ "$(uname -s)" = Linux ] && answers "$index/torch/"; then
-        size="2 GB"
+        size="1.5 GB"
         torch=$(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' "$ROOT/pyproject.toml")
     fi
     command -v uv >/dev/null && pip=uv

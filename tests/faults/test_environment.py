@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dereflect.util.run.reader import read_run
-from tests.helpers import arguments, run, same, state_of
+from tests.helpers import arguments, project_table, run, same, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("--nEpochs", "1", "--epoch_size", "3", "--save_steps", "1")
@@ -106,13 +106,9 @@ def test_every_programs_help_in_the_plainest_locale(program):
     assert done.returncode == 0 and b"usage:" in done.stdout, done.stderr.decode()
 
 
-@pytest.mark.parametrize("extra", [None, "app", "heif", "dev"])
+@pytest.mark.parametrize("extra", [None, "app", "onnx", "hub", "heif", "metrics", "dev"])
 def test_requirements_have_both_bounds_and_are_met(extra):
-    try:
-        import tomllib
-    except ImportError:  # before Python 3.11
-        from pip._vendor import tomli as tomllib
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = project_table()
     lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
     requirements = [Requirement(line) for line in lines if not line.startswith(project["name"])]
     assert requirements
