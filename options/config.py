@@ -2,7 +2,7 @@
 
 import argparse
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from dereflect.options import arguments, presets
@@ -59,6 +59,20 @@ def demo_defaults(pretrained: bool = False) -> dict[str, object]:
     """What stands in for the defaults of training options in a demo, from scratch or from the bundled weights."""
     values = read_config(arguments.train_parser(), Path("demo-bundled" if pretrained else "demo"))
     return {key: None if value == _SCRATCH else value for key, value in values.items() if key != "demo"}
+
+
+def changed(recorded: Mapping[str, object], chosen: Iterable[Role] = RECORDED) -> dict[str, object]:
+    """The options of a run's options.yaml that differ from the defaults; of a demo run, from the demo's recipe.
+
+    Args:
+        recorded: the options as plain values; those that training has no longer are left out.
+        chosen: only the options of these roles.
+    """
+    standard = {action.dest: action.default for action in arguments.train_parser()._actions}
+    if recorded.get("demo"):
+        standard |= demo_defaults(Path(str(recorded.get("weight_path"))).name == PRETRAINED.name)
+    plain = as_text(argparse.Namespace(**standard), chosen)
+    return {key: recorded[key] for key, default in plain.items() if recorded.get(key, default) != default}
 
 
 def parsed(parser: Parser, values: dict[str, object], where: str) -> dict[str, object]:

@@ -10,18 +10,22 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import markupsafe
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from dereflect.tools import report
 from dereflect.tools.reports.page import TEMPLATES, data_uri
 from dereflect.tools.reports.pictures import Shown
 from dereflect.util import program
+from dereflect.util.images import read_image
+from dereflect.util.metrics import quality_assess
 from dereflect.util.run.reader import read_metrics, read_run
 from tests.helpers import COMMENT, embedded, make_page
 
@@ -118,9 +122,47 @@ def test_tables_and_curves_are_the_records(finished, page):
     assert charts["gradient norm"]["series"][0]["points"][0][1] > 0
     picked = read_run(finished).picked[0]
     average = next(line for line in lines if line["set"] == "average" and line["epoch"] == picked)
-    assert f"<td>{average['PSNR']:.2f} / {average['SSIM']:.3f}</td>" in text
-    for told in ("picked on the held-out pairs", "peak memory", "GiB", "torch", "<td>crop_size</td><td>32</td>"):
+    assert table_row(text, f"epoch {picked}, picked on the held-out pairs")[-1] == cell(average)
+    untouched = [line for line in read_metrics(finished) if line["estimate"] == "input"]
+    assert table_row(text, "untouched") == [cell(line) for line in untouched]
+    for told in ("peak memory", "GiB", "torch"):
         assert told in text
+
+
+def table_row(text: str, what: str) -> list[str]:
+    """The cells of a row of the table of figures."""
+    return re.findall("<td>(.*?)</td>", text.split(f'<th scope="row">{what}</th>')[1].split("</tr>")[0])
+
+
+def cell(line: dict) -> str:
+    return f"{line['PSNR']:.2f} <small>{line['SSIM']:.3f}</small>"
+
+
+def test_the_figures_have_baselines_of_the_same_images(finished, page):
+    folder = Path(yaml.safe_load((finished / "options.yaml").read_text())["base_dir"]) / "test"
+    scores = defaultdict(list)
+    for path in sorted(folder.glob("*/blended/*")):
+        mixture, target = (read_image(path.parents[1] / of / path.name) for of in ("blended", "transmission_layer"))
+        for change in ("gamma", "times"):
+            darker = mixture**1.2 if change == "gamma" else 0.9 * mixture
+            found = quality_assess(darker * 255, target * 255)
+            for name in (path.parents[1].name, "average"):
+                scores[change, name].append((found["PSNR"], found["SSIM"]))
+    assert len(scores["gamma", "average"]) == 8
+    for what, change in (("gamma 1.2", "gamma"), ("times 0.9", "times")):
+        means = [np.mean(scores[change, name], 0) for name in ("demo_clip", "demo_screen", "average")]
+        wanted = ["", *(cell({"PSNR": psnr, "SSIM": ssim}) for psnr, ssim in means)]  # "val" is not among the pictures
+        assert [found.replace(" <small></small>", "") for found in table_row(page.read_text(), what)] == wanted
+    assert "gamma 1.2</th>" not in page.read_text().split("<h2>Test images")[1]
+
+
+def test_pictures_stand_before_curves_and_changed_options_before_the_others(page):
+    text = page.read_text()
+    places = [text.index(f"<h2>{title}</h2>") for title in ("Figures", "Test images", "Curves", "The run")]
+    assert places == sorted(places)
+    changed, others = text.split("Options that differ")[1].split("<details>")
+    assert '<th scope="row">crop_size</th><td>32</td>' in changed and "crop_size" not in others
+    assert '<th scope="row">wd</th>' in others and "<details open" not in text
 
 
 def test_nothing_from_outside_becomes_html(page):
@@ -135,7 +177,7 @@ def test_nothing_from_outside_becomes_html(page):
     assert "default-src 'none'" in policy and "unsafe" not in policy
     digest = hashlib.sha256(scripts[-1][1].encode()).digest()
     assert f"script-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
-    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.split("<h2>Options")[0])
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text.split("<h3>Options")[0])
 
 
 def test_json_in_a_script_element_ends_nowhere():
@@ -313,6 +355,43 @@ def test_sorted_worst_first_and_as_asked_for(opened, page):
     assert {h.text for h in opened.find_elements("css selector", ".card small")} == {"demo_clip"}
     choose(opened, "filter", "")
     assert len(names(opened)) == 8
+
+
+def test_on_a_phone_no_word_is_broken_and_nothing_sticks_out(opened):
+    broken = """
+        const words = [];
+        for (const cell of document.querySelectorAll(".wide th, .wide td, .facts th, h2, button, nav a")) {
+            const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            for (let text; (text = texts.nextNode()); ) for (const {0: word, index} of text.data.matchAll(/\\S+/g)) {
+                const range = document.createRange();
+                range.setStart(text, index);
+                range.setEnd(text, index + word.length);
+                words.push([word, range.getClientRects().length]);
+            }
+        }
+        return words.filter(word => word[1] > 1);"""
+    size = {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert opened.execute_script("return innerWidth") == 360
+        assert opened.execute_script(broken) == []
+        assert opened.execute_script("return document.documentElement.scrollWidth") == 360
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_of_many_images_the_first_are_shown_until_all_are_asked_for(browser, finished, tmp_path):
+    from dereflect.tools.reports import page as writer
+
+    scores = {kind: {"PSNR": 20.0, "SSIM": 0.5} for kind in ("model", "input")}
+    layers = dict.fromkeys(("input", "transmission"), np.zeros((4, 4, 3)))
+    path = tmp_path / "report.html"
+    writer.write(path, read_run(finished), [], [Shown("some", f"{i:02}", layers, scores) for i in range(30)], "", 4)
+    browser.get(path.as_uri())
+    more = browser.find_element("id", "more")
+    assert len(names(browser)) == 12 and more.text == "Show all 30"
+    more.click()
+    assert len(names(browser)) == 30 and not more.is_displayed()
 
 
 def test_pointing_at_a_curve_tells_its_values(opened, finished):

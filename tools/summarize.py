@@ -21,8 +21,7 @@ from pathlib import Path
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dereflect.options.arguments import roles, train_parser
-from dereflect.options.config import demo_defaults
+from dereflect.options.config import changed
 from dereflect.options.parser import FROM, WHAT, Parser
 from dereflect.util import disk, tables
 from dereflect.util.errors import UserError
@@ -104,16 +103,11 @@ def row(run, root: Path) -> dict:
 
 def recipe(options: dict[str, object]) -> str:
     """The options that decide what is trained and differ from the defaults; for a demo run, from the demo's recipe."""
-    changed = ["demo"] if options.get("demo") else []
-    for action in train_parser()._actions:
-        key = action.dest
-        if roles().get(key) not in (WHAT, FROM) or key in _COLUMNS or key not in options:
-            continue
-        default = demo_defaults().get(key, action.default) if options.get("demo") else action.default
-        value = options[key]
-        if value != default:
-            changed.append(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else _short(value)}")
-    return ", ".join(changed)
+    parts = ["demo"] if options.get("demo") else []
+    for key, value in changed(options, (WHAT, FROM)).items():
+        if key not in _COLUMNS:
+            parts.append(f"{key}={' '.join(map(str, value)) if isinstance(value, list) else _short(value)}")
+    return ", ".join(parts)
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:

@@ -109,7 +109,7 @@
       }
       const entry = make("span", { textContent: series.name });
       entry.style.setProperty("--colour", colour);
-      key.append(entry);
+      if (chart.series.length > 1) key.append(entry);
     });
     follow(picture, tip, chart, x);
     box.append(picture, key, tip);
@@ -164,31 +164,44 @@
     set: (a, b) => a.set < b.set ? -1 : a.set > b.set ? 1 : byName(a, b),
   };
 
+  const FIRST = 12; // cards that are shown until all are asked for
+
+  const fill = gallery => {
+    const [sort, filter, count, more] = ["sort", "filter", "count", "more"].map(id => document.getElementById(id));
+    const cards = new Map(images.map((image, number) => [image, card(image, number)]));
+    for (const name of new Set(images.map(image => image.set))) {
+      filter.append(make("option", { textContent: name, value: name }));
+    }
+    let most = FIRST;
+    const arrange = () => {
+      const wanted = images.filter(image => !filter.value || image.set === filter.value).sort(ORDERS[sort.value]);
+      gallery.replaceChildren(...wanted.slice(0, most).map(image => cards.get(image)));
+      count.textContent = `${wanted.length} images`;
+      more.textContent = `Show all ${wanted.length}`;
+      more.hidden = wanted.length <= most;
+    };
+    sort.addEventListener("change", arrange);
+    filter.addEventListener("change", arrange);
+    more.addEventListener("click", () => {
+      most = Infinity;
+      arrange();
+    });
+    arrange();
+
+    // Pictures are unpacked as they come near the window.
+    const near = new IntersectionObserver(entries => {
+      for (const { isIntersecting, target } of entries) {
+        if (isIntersecting) {
+          target.reveal();
+          near.unobserve(target);
+        }
+      }
+    }, { rootMargin: "800px" });
+    for (const element of cards.values()) near.observe(element);
+  };
+
   document.getElementById("charts").append(...charts.map(draw));
 
   const gallery = document.getElementById("gallery");
-  const sort = document.getElementById("sort"), filter = document.getElementById("filter");
-  const cards = new Map(images.map((image, number) => [image, card(image, number)]));
-  for (const name of new Set(images.map(image => image.set))) {
-    filter.append(make("option", { textContent: name, value: name }));
-  }
-  const arrange = () => {
-    const wanted = images.filter(image => !filter.value || image.set === filter.value).sort(ORDERS[sort.value]);
-    gallery.replaceChildren(...wanted.map(image => cards.get(image)));
-    document.getElementById("count").textContent = `${wanted.length} images`;
-  };
-  sort.addEventListener("change", arrange);
-  filter.addEventListener("change", arrange);
-  arrange();
-
-  // Pictures are unpacked as they come near the window.
-  const near = new IntersectionObserver(entries => {
-    for (const { isIntersecting, target } of entries) {
-      if (isIntersecting) {
-        target.reveal();
-        near.unobserve(target);
-      }
-    }
-  }, { rootMargin: "800px" });
-  for (const element of cards.values()) near.observe(element);
+  if (gallery) fill(gallery);
 }

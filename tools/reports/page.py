@@ -9,7 +9,8 @@ import hashlib
 import io
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from dereflect.options.config import changed
 from dereflect.util import disk
+from dereflect.util.published import averaged_sets
 from dereflect.util.run.reader import SCORES, Run
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ def write(path: Path, run: Run, charts: list[dict], shown: Iterable["Shown"], so
         path: the file.
         run: the run.
         charts: the result of `curves.curves`.
-        shown: the test images, which are taken one at a time to save memory.
+        shown: the test images, which are taken and made smaller one at a time to save memory.
         source: in words, where their pictures come from.
         max_side: longer side of the embedded pictures, in pixels.
 
@@ -60,48 +63,82 @@ def data_uri(picture: np.ndarray, max_side: int) -> str:
 def _page(run: Run, charts: list[dict], shown: Iterable["Shown"], source: str, max_side: int) -> Iterator[str]:
     script, style = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     policy = f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
-    images = []
-
-    def pictures() -> Iterator[dict[str, str]]:
-        for image in shown:
-            images.append(_describe(image))
-            yield _embed(image, max_side)
-
+    pictures, images = [], []
+    measured: dict[str, list[dict]] = defaultdict(list)  # the scores of every image by set
+    for image in shown:
+        pictures.append(_embed(image, max_side))
+        images.append(_describe(image))
+        measured[image.set].append(image.scores)
+    changes = changed(run.options)
     return TEMPLATES.get_template("page.html").generate(
         name=run.folder.resolve().name,
         policy=policy,
         style=style,
         script=script,
         run=run,
-        scores=_scores(run),
+        counts={name: _count(run, name) for name in run.sets},
+        scores=list(_scores(run, measured)),
         facts=_facts(run, charts),
         source=source,
-        options=[(key, _plain(value)) for key, value in sorted(run.options.items())],
-        pictures=pictures(),
+        changed=[(key, _plain(value)) for key, value in changes.items()],
+        options=[(key, _plain(value)) for key, value in sorted(run.options.items()) if key not in changes],
+        pictures=pictures,
         charts=charts,
-        images=images,  # complete when the template, which writes the pictures first, comes to it
+        images=images,
     )
 
 
-def _scores(run: Run) -> list[tuple]:
-    """A table of the sets' metrics at the picked epoch and at the epoch that the test sets would pick; empty before the
-    first evaluation."""
+def _count(run: Run, name: str) -> int | None:
+    """How many images a set has."""
+    return next((line.get("count") for line in run.lines if line["set"] == name), None)
+
+
+def _scores(run: Run, measured: Mapping[str, list[dict]]) -> Iterator[tuple[str, list[tuple[str, str]], bool]]:
+    """The rows of the table of figures: what was measured, PSNR and SSIM of every set, and whether it is the result.
+
+    Args:
+        run: the run; nothing comes of one without an evaluation.
+        measured: by test set, the scores of every image of the page.
+    """
     epoch, by = run.picked
     if epoch is None:
-        return []
+        return
     best = run.best_epoch("average")
+
+    def row(of: Callable[[str], dict | None]) -> list[tuple[str, str]]:
+        return [(f"{line['PSNR']:.2f}", f"{line['SSIM']:.3f}") if (line := of(name)) else ("", "") for name in run.sets]
+
+    def gain(name: str) -> tuple[str, str]:
+        before, after = run.line(name, 0, "input"), run.line(name, epoch)
+        if not (before and after):
+            return "", ""
+        return f"{after['PSNR'] - before['PSNR']:+.2f}", f"{after['SSIM'] - before['SSIM']:+.3f}"
+
     how = {"val": "picked on the held-out pairs", "last": "the last one"}[by]
-    rows = [("set", "images", "input PSNR / SSIM", f"epoch {epoch}, {how}", "gain", f"best by test, epoch {best}")]
-    for name in run.sets:
-        before, line, flattering = run.line(name, 0, "input"), run.line(name, epoch), run.line(name, best)
-        gain = f"{line['PSNR'] - before['PSNR']:+.2f} / {line['SSIM'] - before['SSIM']:+.3f}" if line and before else ""
-        count = (line or before or {}).get("count", "")
-        rows.append((name, count, *(_pair(of) for of in (before, line)), gain, _pair(flattering)))
-    return rows
+    yield "untouched", row(lambda name: run.line(name, 0, "input")), False
+    for baseline, means in _baselines(measured).items():
+        yield baseline, row(means.get), False
+    if epoch and 0 in run.epochs:
+        yield "epoch 0, as it began", row(lambda name: run.line(name, 0)), False
+    yield f"epoch {epoch}, {how}", row(lambda name: run.line(name, epoch)), True
+    yield "gain over untouched", [gain(name) for name in run.sets], False
+    if best is not None:
+        yield f"epoch {best}, best by test", row(lambda name: run.line(name, best)), False
 
 
-def _pair(line: dict | None) -> str:
-    return f"{line['PSNR']:.2f} / {line['SSIM']:.3f}" if line else ""
+def _baselines(measured: Mapping[str, list[dict]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean scores by baseline and set, averages over the sets included; nothing if no image was measured."""
+    images = {**measured}
+    for title, names in averaged_sets(measured).items():
+        images[title] = [scores for name in names for scores in measured[name]]
+    kinds = [kind for kind in next(iter(images.values()), [{}])[0] if kind not in {"model", "input"}]
+    return {
+        kind: {
+            name: {metric: statistics.fmean(scores[kind][metric] for scores in of_set) for metric in SCORES}
+            for name, of_set in images.items()
+        }
+        for kind in kinds
+    }
 
 
 def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
@@ -113,6 +150,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
     machine = run.of_start("machine")
     facts = [
         ("model", run.model),
+        ("data", "the embedded demo set: every mixture is synthetic" if run.options.get("demo") else ""),
         ("epochs", f"{run.epochs_done} of {run.epochs_wanted}"),
         ("started", run.of_start("started")),
         ("machine", f"{machine}, torch {run.of_start('torch')}" if machine else ""),
@@ -130,7 +168,7 @@ def _facts(run: Run, charts: list[dict]) -> list[tuple[str, str]]:
 def _describe(image: "Shown") -> dict:
     """What the gallery's script has to know about an image before it opens the pictures."""
     height, width = image.layers["input"].shape[:2]
-    scores = {key: [round(image.before[key], 4), round(image.metrics[key], 4)] for key in SCORES}
+    scores = {key: [round(image.scores[kind][key], 4) for kind in ("input", "model")] for key in SCORES}
     kinds = [kind for kind in ("transmission", "target", *_HALF) if kind in image.layers]
     return {"set": image.set, "name": image.name, "width": width, "height": height, "kinds": kinds, **scores}
 
@@ -141,7 +179,8 @@ def _embed(image: "Shown", max_side: int) -> dict[str, str]:
 
 
 def _plain(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "-" if value is None else text or "-"
 
 
 def _hash(text: str) -> str:

@@ -14,8 +14,9 @@ from dereflect.options import PUBLISHED_DATA
 from dereflect.options.arguments import train_parser
 from dereflect.options.config import parsed
 from dereflect.util.errors import UserError
-from dereflect.util.evaluation import Separated, measure
+from dereflect.util.evaluation import BASELINES, Separated, estimates_of, pixels
 from dereflect.util.images import read_image
+from dereflect.util.metrics import quality_assess
 from dereflect.util.progress import track
 from dereflect.util.run import checkpoint
 from dereflect.util.run.folder import RunFolder
@@ -33,15 +34,14 @@ class Shown:
         set, name: of the test set and of the image.
         layers: pictures by kind, (H, W, 3) around 0..1: input, transmission, target, reflection, and residue if it was
             computed.
-        metrics: of the transmission, see `util.metrics.quality_assess`.
-        before: the same metrics of the untouched input.
+        scores: the metrics of `util.metrics.quality_assess` by estimate: of the transmission as "model", of the
+            untouched "input", and of what each of `util.evaluation.BASELINES` makes of it.
     """
 
     set: str
     name: str
     layers: dict[str, np.ndarray]
-    metrics: dict[str, float]
-    before: dict[str, float]
+    scores: dict[str, dict[str, float]]
 
 
 def of_run(run: Run, options: argparse.Namespace) -> tuple[Iterator[Shown], str]:
@@ -141,9 +141,10 @@ def _all(loaders: dict, separate: Separate) -> Iterator[Shown]:
 
 def _shown(one: Separated, set_name: str) -> Shown:
     """The image with metrics of the pixels that the page shows, at full size."""
-    found = measure(one)
+    target, estimates = pixels(one.target_t), estimates_of(one, False, list(BASELINES))
+    scores = {name: quality_assess(estimate, target) for name, estimate in estimates.items()}
     layers = {"input": one.mixture, "target": one.target_t}
     layers |= {"transmission": one.transmission, "reflection": one.reflection}
     layers |= {} if one.residue is None else {"residue": one.residue / 2 + 0.5}
     arrays = {kind: layer.permute(1, 2, 0).numpy() for kind, layer in layers.items()}
-    return Shown(set_name, one.name, arrays, found["model"], found["input"])
+    return Shown(set_name, one.name, arrays, scores)
