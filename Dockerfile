@@ -36,7 +36,7 @@ ARG TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0"
 ARG MAX_JOBS=4
 # Without these variables recent versions leave Mamba-1's kernels out, or take some that another torch was built with.
 # The last line fails where they were left out nevertheless; loading them would take a GPU's driver.
-RUN python3 -m pip install --no-cache-dir "ninja>=1.11" "packaging>=21" "setuptools>=61" "wheel>=0.37" "hatchling>=1.26" && \
+RUN python3 -m pip install --no-cache-dir "ninja>=1.11" "packaging>=21" "setuptools>=61" "wheel>=0.37" "hatchling>=1.27" && \
     CAUSAL_CONV1D_FORCE_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE MAMBA_KEEP_CUDA_BUILD=TRUE \
     TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" MAX_JOBS="${MAX_JOBS}" \
     python3 -m pip install --no-cache-dir --no-build-isolation -r requirements-cuda.txt && \

@@ -13,7 +13,7 @@ import pytest
 
 from dereflect.options import parse_train
 from dereflect.util.images import write_image
-from tests.helpers import ROOT
+from tests.helpers import ROOT, project_table
 from tests.test_program import PROGRAMS
 
 # What no test can run, by its first word, and why.
@@ -100,6 +100,14 @@ def test_commands(block, folder, monkeypatch):
             if "--list_models" not in arguments:
                 importlib.import_module(f"dereflect.{program}").main(arguments)
                 assert called, words
+        elif words[0].startswith("dereflect"):
+            module = project_table()["scripts"][words[0]].partition(":")[0]
+            called = []
+            monkeypatch.setattr(
+                PROGRAMS[module.removeprefix("dereflect.")][1], lambda *_, called=called: called.append(1)
+            )
+            importlib.import_module(module).main(words[1:])
+            assert called, words
         elif words[0].endswith(".sh"):
             assert (ROOT / words[0]).stat().st_mode & 0o100, words
         else:
