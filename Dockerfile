@@ -8,7 +8,8 @@
 # The base must have nvcc of the CUDA version that its torch was built with.
 ARG BASE_IMAGE=docker.io/pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel
 FROM docker.io/library/python:3.12-slim AS cpu
-ENV PIP_ROOT_USER_ACTION=ignore PYTHON=python3
+# The project is mounted over WORKDIR; what pip installs of it are its requirements.
+ENV PIP_ROOT_USER_ACTION=ignore PYTHON=python3 PYTHONPATH=/workspace/sirs
 WORKDIR /opt/sirs
 COPY pyproject.toml dereflect.py README.md LICENSE requirements.txt ./
 COPY util/wheel.py util/
@@ -24,7 +25,8 @@ FROM ${BASE_IMAGE} AS cuda
 # The base's Python is the system's own, which Ubuntu has pip refuse to install into. Here it has no other use.
 ENV PIP_BREAK_SYSTEM_PACKAGES=1 \
     PIP_ROOT_USER_ACTION=ignore \
-    PYTHON=python3
+    PYTHON=python3 \
+    PYTHONPATH=/workspace/sirs
 
 WORKDIR /opt/sirs
 COPY pyproject.toml dereflect.py README.md LICENSE requirements.txt requirements-cuda.txt ./

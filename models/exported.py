@@ -85,7 +85,7 @@ def _check(maker: str, ours: Callable[[Tensor], Sequence], expected: Callable[[T
     if not off <= CLOSE:
         raise UserError(
             f"{maker} of torch {torch.__version__} gives results that are off by {off:.1e}, where {CLOSE} is allowed; "
-            "nothing is written. A newer torch may do it: it is tested with 2.14"
+            "nothing is written. A newer torch may do it: 2.13 and 2.14 are tested"
         )
 
 

@@ -25,6 +25,8 @@ from tests.helpers import ROOT, errors
 
 SIZES = [(48, 64), (33, 101), (95, 50), (64, 64)]
 CLOSE = 1e-5  # of values around 1; what was seen is below 5e-7
+# torch 2.11 turns pixel_unshuffle into another operator, with its own exporter as with onnxscript's newest.
+TO_ONNX = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -65,20 +67,24 @@ def check(network, folder) -> None:
     model = DSRNetModel(network, features, loss=None).eval()
     made = exported.export_program(network, features)
     exported.write_torch(made, folder / "x.pt2")
-    assert exported.write_onnx(made, folder / "x.onnx") >= 18
+    programs = [torch.export.load(folder / "x.pt2").module()]
+    if TO_ONNX:
+        assert exported.write_onnx(made, folder / "x.onnx") >= 18
+        session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
+        assert [each.name for each in session.get_outputs()] == list(exported.OUTPUTS)
+        programs.append(lambda image: session.run(None, {exported.INPUT: image.numpy()}))
+    else:
+        with pytest.raises(UserError, match="nothing is written"):
+            exported.write_onnx(made, folder / "x.onnx")
     for file in folder.glob("x.*"):
         assert str(ROOT).encode() not in file.read_bytes(), "nothing of the machine"
-    again = torch.export.load(folder / "x.pt2").module()
-    session = onnxruntime.InferenceSession(folder / "x.onnx", providers=["CPUExecutionProvider"])
-    assert [each.name for each in session.get_outputs()] == list(exported.OUTPUTS)
     for size in SIZES:
         image = torch.rand(1, 3, *size)
         expected = model.predict(image)[:2]
         assert expected[0].std() > 0.1
-        ours = session.run(None, {exported.INPUT: image.numpy()})
-        for wanted, by_onnx, by_torch in zip(expected, ours, again(image), strict=True):
-            np.testing.assert_allclose(by_onnx, wanted, atol=CLOSE, rtol=0)
-            torch.testing.assert_close(by_torch, wanted, atol=CLOSE, rtol=0)
+        for compute in programs:
+            for found, wanted in zip(compute(image), expected, strict=True):
+                torch.testing.assert_close(torch.as_tensor(found), wanted, atol=CLOSE, rtol=0)
 
 
 def test_both_files_at_any_size(tmp_path):
@@ -123,6 +129,8 @@ def test_the_scan_in_chunks_is_the_recurrence(length, reverse):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_bundled_network_and_the_example_in_docs(tmp_path, monkeypatch, capsys, pixels):
+    if not TO_ONNX:
+        pytest.skip("torch is too old for this")
     monkeypatch.chdir(tmp_path)
     assert program.run(export.main, [str(PRETRAINED), "--to", "onnx", "-o", "madsrnet_xs.onnx"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
