@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dereflect.data.folders import LAYERS, PAIR_SETS, PHOTOGRAPHS
 from dereflect.data.physical import DISPLAY_GAMMA, Exposure, Glass, shine
@@ -68,7 +68,8 @@ def build_demo(folder: Path) -> None:
 def write_examples(folder: Path) -> list[Path]:
     """Write some larger mixtures of photographs that the demo set doesn't train on; the same every time.
 
-    A soft reflection, of which much can be taken away; a bright and a sharp one, which mostly stay.
+    A soft reflection, of which much can be taken away; lamps and a sharp one, which stay in part; and none, where
+    nothing is to be taken away. What a file's name has after its number says which.
 
     Args:
         folder: an existing folder.
@@ -79,15 +80,19 @@ def write_examples(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder can't be written, or scikit-image lacks its photographs.
     """
-    cat, cup = (np.asarray(image.resize(_EXAMPLE_SIZE), np.float32) / 255 for image in _load(TEST_PHOTOGRAPHS))
+    cat, cup, coins = (
+        np.asarray(ImageOps.fit(image, _EXAMPLE_SIZE), np.float32) / 255
+        for image in _load((*TEST_PHOTOGRAPHS, "coins.png"))
+    )
     soft = Glass(
         behind=Exposure(), mirrored=Exposure(), gamma=DISPLAY_GAMMA, lamps=0.0, darkening=1.0, sigma=5.0,
         ghost=(3.0, 5.0), ghost_strength=0.0, ratio=0.4, veil=(0.0, 0.0, 0.0), mask=None, alpha=1.0,
     )  # fmt: skip
     examples = {
         "example_1_soft": (cup, cat, soft),
-        "example_2_bright": (cat, cup, replace(soft, lamps=5.0, darkening=2.0, ghost_strength=0.3, ratio=0.5)),
-        "example_3_sharp": (cup, cat, replace(soft, sigma=1.0, ratio=0.8)),
+        "example_2_lamps": (cat, cup, replace(soft, lamps=5.0, darkening=2.0, ghost_strength=0.3, ratio=0.5)),
+        "example_3_sharp": (coins, cat, replace(soft, sigma=1.0, ratio=0.5)),
+        "example_4_none": (cat, cup, replace(soft, ratio=0.0)),
     }
     paths = [folder / f"{name}.jpg" for name in examples]
     for path, (t, r, glass) in zip(paths, examples.values(), strict=True):

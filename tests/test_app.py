@@ -159,6 +159,7 @@ def test_examples_are_the_same_every_time(tmp_path):
         (tmp_path / name).mkdir()
     first, second = (write_examples(tmp_path / name) for name in ("one", "other"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert len({path.read_bytes() for path in first}) == 4
 
 
 # What becomes of a photograph.

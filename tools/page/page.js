@@ -88,7 +88,8 @@ class Photograph {
   }
 
   show({ width, height, seconds, notes }) {
-    this.end(`${width} × ${height} pixels in ${seconds.toFixed(1)} s, with ${this.weights}`);
+    const by = about.weights.length > 1 ? `, with ${this.weights}` : "";
+    this.end(`${width} × ${height} pixels in ${seconds.toFixed(1)} s${by}`);
     const stage = this.at(".stage");
     stage.style.aspectRatio = `${width} / ${height}`;
     stage.style.maxWidth = `min(75vh * ${width / height}, max(${2 * width}px, 16rem))`; // not blown up without measure
@@ -186,8 +187,9 @@ find("#choice").hidden = about.weights.length < 2;
 find("#examples").hidden = !about.examples.length;
 for (const name of about.examples) {
   const button = document.createElement("button"), image = document.createElement("img");
-  Object.assign(image, { src: `/${name}`, alt: `Try ${name}` });
-  button.append(image);
+  const kind = name.replace(/^example_\d+_|\.jpg$/g, "").replaceAll("_", " ");
+  Object.assign(image, { src: `/${name}`, alt: "" });
+  button.append(image, kind);
   button.onclick = async () => add([new File([await (await ask(`/${name}`)).blob()], name)]);
   find("#examples").append(button);
 }
