@@ -52,6 +52,8 @@ def operators(dtype, images=2, height=5, width=7, channels=6, how="mutual") -> d
         "depthwise": (image, weight, bias, how, True),
         "depthwise_backward": (draw(images, height, width, gated, dtype=dtype), image + 1, image, weight, how),
     }
+    pictures = [draw(images, 3, max(height, 2), max(width, 2), seed=seed).to(weight.dtype) for seed in range(2)]
+    found["pixel_loss"] = (*pictures, 0.3, 0.2, 0.6)
     if how != "none":
         found |= {"gate": (x, images, how), "gate_backward": (draw(rows, gated, dtype=dtype), x, images, how)}
     return found
@@ -170,7 +172,7 @@ def test_gradcheck(how):
         if name.endswith("backward"):
             continue
         leaves = [a.double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-        which = {"norm": 0, "gate": 0, "depthwise": 0 if how == "none" else 1}[name]
+        which = {"norm": 0, "gate": 0, "depthwise": 0 if how == "none" else 1, "pixel_loss": 0}[name]
         assert torch.autograd.gradcheck(lambda *a, name=name, i=which: call(name, a, "reference")[i], leaves)
 
 
@@ -184,10 +186,13 @@ def test_opcheck(backend, how):
         torch.library.opcheck(getattr(torch.ops.passes, name), (*leaves, backend))
 
 
-@pytest.mark.parametrize(("depthwise", "attends", "streams"), [(True, True, 2), (True, False, 1), (False, False, 2)])
-def test_gradcheck_of_the_step(depthwise, attends, streams):
-    """The algebra of the folded weights, with the plain passes in float64."""
-    images, height, width, c = 2, 2, 3, 4
+@pytest.mark.parametrize(
+    ("depthwise", "attends", "streams", "width"),
+    [(True, True, 2, 3), (True, True, 2, 1), (True, True, 1, 1), (True, False, 1, 3), (False, False, 2, 3)],
+)
+def test_gradcheck_of_the_step(depthwise, attends, streams, width):
+    """The algebra of the folded weights, with the plain passes in float64; attention of few pixels isn't folded."""
+    images, height, c = 2, 2, 4
     parameters = [draw(c), draw(c), draw(2 * c, c), draw(2 * c)]
     parameters += [draw(2 * c, 1, 3, 3), draw(2 * c)] if depthwise else [None, None]
     half = len(parameters)
@@ -232,7 +237,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", [MuGI, NAF, MuGIM2])
-@pytest.mark.parametrize("shape", [(2, 40, 17, 21), (4, 16, 70, 64)])
+@pytest.mark.parametrize("shape", [(2, 40, 17, 21), (4, 16, 70, 64), (4, 32, 3, 5)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_blocks_are_as_exact_as_in_plain_torch(kind, shape, autocast):
     """Output and gradients, against float64; also where the image isn't channels_last."""

@@ -72,6 +72,11 @@ class How(NamedTuple):
     def pixels(self) -> int:
         return self.shape[1] * self.shape[2]
 
+    def folds(self, s: Tensor | None) -> bool:
+        """Whether the attention s (images, G) is folded into a projection of each image: where an image has fewer
+        pixels than channels, those projections are more numbers than the rows that s would scale otherwise."""
+        return s is not None and self.pixels >= s.shape[1]
+
 
 def residual_step(x: Tensor, expansion: Expansion, projection: Projection, how: How) -> Tensor:
     """The step of rows x (images * height * width, C), in the type of x."""
@@ -109,7 +114,8 @@ class _Step(Function):
         grad = grad.contiguous()
         with torch.autocast("cpu", enabled=False):
             g = passes.gate(e if d is None else d, how.images, how.gate, how.backend)
-            dg, products, of_attention = _project_backward(grad, g, means, s, projection)
+            backward = _project_backward if s is None or how.folds(s) else _project_backward_of_few
+            dg, products, of_attention = backward(grad, g, means, s, projection)
             del g
             dx, sums, of_expansion = _expand_backward(
                 dg, x, (statistics, e, d), grad, len(projection.scale), expansion, how
@@ -154,7 +160,7 @@ def _expand(x: Tensor, expansion: Expansion, how: How, keep: bool) -> tuple[_Gat
     """g, and what is to be kept for the backward pass: the statistics of x, e and d."""
     with torch.autocast("cpu", enabled=False):
         y, statistics = passes.norm(x, how.eps, how.backend)
-        bias = expansion.weight @ expansion.norm_bias + expansion.bias
+        bias = torch.addmv(expansion.bias, expansion.weight, expansion.norm_bias)
         e = torch.addmm(bias.to(x.dtype), y, _folded_expansion(expansion, x.dtype).t())
         del y
         if expansion.depthwise is None:
@@ -201,7 +207,10 @@ def _project(x: Tensor, gated: _Gated, projection: Projection, how: How) -> tupl
     with torch.autocast("cpu", enabled=False):
         if projection.attention is not None:
             s = F.linear(gated.means, projection.attention, projection.attention_bias)
-        folded = _folded_projection(projection, s).to(x.dtype)
+        if how.folds(s):
+            folded = _folded_projection(projection, s).to(x.dtype)
+        else:
+            g, folded = _attended(g, s), _folded_projection(projection, None).to(x.dtype)
         bias = (projection.scale * projection.bias).to(x.dtype)
         out = (x.view(len(bias), -1, x.shape[1]) + bias[:, None]).view(len(folded), -1, x.shape[1])
         out.baddbmm_(g.view(len(folded), -1, g.shape[1]), folded.mT)
@@ -224,6 +233,24 @@ def _project_backward(
     dg = torch.baddbmm(dmeans[:, None], rows, folded.to(grad.dtype)).view_as(g)
     products = (products * s.view(len(plain), -1, 1, s.shape[1])).sum(1)
     return dg, products, (ds.t() @ means, ds.sum(0))
+
+
+def _project_backward_of_few(
+    grad: Tensor, g: Tensor, means: Tensor, s: Tensor, projection: Projection
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """As `_project_backward`, where s scaled the rows."""
+    plain = _folded_projection(projection, None)
+    products = transposed_products(grad, _attended(g, s), len(plain)).to(plain.dtype)
+    dp = torch.bmm(grad.view(len(plain), -1, grad.shape[1]), plain.to(grad.dtype)).view(len(s), -1, g.shape[1])
+    ds = (dp * g.view_as(dp)).sum(1, dtype=s.dtype)
+    dmeans = ((ds @ projection.attention) / dp.shape[1]).to(grad.dtype)
+    dg = torch.addcmul(dmeans[:, None], dp, s.to(grad.dtype)[:, None]).view_as(g)
+    return dg, products, (ds.t() @ means, ds.sum(0))
+
+
+def _attended(g: Tensor, s: Tensor | None) -> Tensor:
+    """The rows of each image times its s."""
+    return g if s is None else (g.view(len(s), -1, g.shape[1]) * s.to(g.dtype)[:, None]).view_as(g)
 
 
 def _folded_expansion(expansion: Expansion, dtype: torch.dtype) -> Tensor:

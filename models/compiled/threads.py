@@ -20,12 +20,13 @@ VECTOR = 64  # bytes
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run_tasks(kernel: Callable, tasks: int, scratch: int, *settings) -> None:
+def run_tasks(kernel: Callable, tasks: int, scratch: int, *settings, parallel: bool = True) -> None:
     """Call `kernel(memory, first, last, *settings)` for all tasks, in as many threads as torch uses.
 
-    Each thread has memory for `scratch` vectors, and works on tasks `first` to `last` - 1 in one call.
+    Each thread has memory for `scratch` vectors, and works on tasks `first` to `last` - 1 in one call. Waking the
+    others takes tens of microseconds: unless it is `parallel`, the work is left to the thread that asks for it.
     """
-    threads = min(tasks, torch.get_num_threads())
+    threads = min(tasks, torch.get_num_threads()) if parallel else 1
     pieces = min(tasks, 4 * threads) if threads > 1 else 1  # several each, as threads may be slowed unevenly
     waiting = itertools.pairwise([tasks * i // pieces for i in range(pieces + 1)])
 
@@ -72,8 +73,13 @@ def in_huge_pages(new: Tensor) -> Tensor:
     if sys.platform == "linux" and new.nbytes >= HUGE_PAGE:
         start = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         size = new.data_ptr() + new.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return new
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 @cache

@@ -176,6 +176,18 @@ def broadcast(typingctx, address):
 
 
 @intrinsic
+def prefetch(typingctx, address):
+    """Have the line of memory at `address` brought into the level-two cache, to be read later."""
+
+    def codegen(context, builder, signature, values):
+        pointer, number = _pointer(builder, values[0], I32), (ir.Constant(I32, n) for n in (0, 2, 1))
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [pointer, *number])
+
+    return types.void(address), codegen
+
+
+@intrinsic
 def copy_number(typingctx, source, target):
     def codegen(context, builder, signature, values):
         number = builder.load(_pointer(builder, values[0], F32), align=4)
@@ -341,19 +353,6 @@ def store_first_bf16(typingctx, address, value, lanes):
         _store_part(builder, SHORTS, "i16", address, _rounded(builder, value), lanes)
 
     return types.void(address, value, types.int64), codegen
-
-
-@intrinsic
-def sum_lanes(typingctx, value):
-    """The sum of all lanes, added in halves, as a float64."""
-
-    def codegen(context, builder, signature, values):
-        (sums,) = values
-        for s in (8, 4, 2, 1):
-            sums = builder.fadd(sums, _shuffle(builder, sums, sums, [j ^ s for j in range(LANES)]))
-        return builder.fpext(builder.extract_element(sums, ir.Constant(I32, 0)), ir.DoubleType())
-
-    return types.float64(value), codegen
 
 
 @intrinsic

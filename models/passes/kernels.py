@@ -9,23 +9,18 @@ numbers. Every kernel works on the tasks `first` to `last` - 1; its scratch memo
 it does not say more.
 """
 
-import math
-
-from numba import float64, int64
+from numba import int64
 
 from dereflect.models.compiled.vector import (
     LANES,
     ROW,
     constant,
     fma,
-    get_number,
     kernel,
-    load,
     njit,
+    prefetch,
     read,
-    set_number,
     store,
-    sum_lanes,
     write,
 )
 
@@ -42,13 +37,20 @@ def partner(image, images, gate):
     return (image + images // 2) % images if gate == MUTUAL else image
 
 
+@njit
+def prefetch_tile(address, left, right, pixel):
+    """The pixels from `left` to `right` of a line: walked along by channels, they would be waited for one by one."""
+    for at in range(left * pixel, right * pixel, ROW):
+        prefetch(address + at)
+
+
 # Depthwise 3x3 convolution and gate -----------------------------------------------------------------------
 #
 # A task is a strip of an image, or of both streams' images where they gate each other. Channels are those of the
 # convolution; `half` of them leave the gate. Columns are walked along with three columns of three rows in registers.
 
 
-def make_depthwise(size: int, gated: bool):
+def make_depthwise(size: int, gated: bool, whole: bool):
     @kernel((int64,) * 18)
     def depthwise(
         scratch, first, last, x, weight, bias, d, g, sums, keep,
@@ -58,6 +60,7 @@ def make_depthwise(size: int, gated: bool):
 
         Unless d is to be kept, a tile of it lies behind the first vector of the scratch memory.
         """
+        lanes = LANES if whole else lanes
         half, halves = (channels // 2, 2) if gated else (channels, 1)
         streams = 2 if gate == MUTUAL else 1
         units, strips = images // streams, (height + STRIP - 1) // STRIP
@@ -72,6 +75,8 @@ def make_depthwise(size: int, gated: bool):
             for h in range(start, min(start + STRIP, height)):
                 for left in range(0, width, TILE):
                     right = min(left + TILE, width)
+                    for image in range(unit, images if whole and h + 2 < height else 0, units):
+                        prefetch_tile(x + (image * height + h + 2) * width * pixel, left, right, pixel)
                     for c in range(from_channel, to_channel, LANES):
                         for plane in range(streams * halves):
                             image, channel = unit + plane // halves * units, c + plane % halves * half
@@ -136,13 +141,14 @@ def make_depthwise(size: int, gated: bool):
     return depthwise
 
 
-def make_depthwise_backward(size: int, gated: bool):
+def make_depthwise_backward(size: int, gated: bool, whole: bool):
     @kernel((int64,) * 17)
     def depthwise_backward(
         scratch, first, last, dg, d, x, weight, dx, sums,
         images, height, width, channels, gate, from_channel, to_channel, lanes,
     ):  # fmt: skip
         """dx, and for every task sums (11, channels): the weight's nine gradients, the bias's, and dx's sum."""
+        lanes = LANES if whole else lanes
         half, halves = (channels // 2, 2) if gated else (channels, 1)
         strips, pixel, dg_pixel = (height + STRIP - 1) // STRIP, channels * size, half * size
         line, dg_line, apart = width * pixel, width * dg_pixel, 4 * channels
@@ -158,6 +164,14 @@ def make_depthwise_backward(size: int, gated: bool):
             for h in range(start, min(start + STRIP, height)):
                 for left in range(0, width, TILE):
                     right = min(left + TILE, width)
+                    if whole and h + 2 < height:
+                        here, there = (image * height + h + 2) * width, (other * height + h + 2) * width
+                        prefetch_tile(x + (here - width) * pixel, left, right, pixel)
+                        prefetch_tile(dg + here * dg_pixel, left, right, dg_pixel)
+                        if gated:
+                            prefetch_tile(d + there * pixel, left, right, pixel)
+                            if gate == MUTUAL:
+                                prefetch_tile(dg + there * dg_pixel, left, right, dg_pixel)
                     for c in range(from_channel, to_channel, LANES):
                         for part in range(halves):
                             channel = c + part * half
@@ -245,10 +259,11 @@ def make_depthwise_backward(size: int, gated: bool):
 # Tensors are rows of channels here, one for each pixel. A task is some of an image's pixels.
 
 
-def make_gate(size: int):
+def make_gate(size: int, whole: bool):
     @kernel((int64,) * 12)
     def gate_forward(scratch, first, last, d, g, images, pixels, half, gate, from_channel, to_channel, lanes):
         """g (images * pixels, half), the gate of d (images * pixels, 2 half)."""
+        lanes = LANES if whole else lanes
         tasks = (pixels + PIXELS - 1) // PIXELS
         for task in range(first, last):
             image, start = task // tasks, task % tasks * PIXELS
@@ -263,12 +278,13 @@ def make_gate(size: int):
     return gate_forward
 
 
-def make_gate_backward(size: int):
+def make_gate_backward(size: int, whole: bool):
     @kernel((int64,) * 14)
     def gate_backward(
         scratch, first, last, dg, d, dd, sums, images, pixels, half, gate, from_channel, to_channel, lanes
     ):  # fmt: skip
         """dd like d, and for every task its sum (2 half)."""
+        lanes = LANES if whole else lanes
         tasks = (pixels + PIXELS - 1) // PIXELS
         zero = constant(0.0)
         for task in range(first, last):
@@ -293,92 +309,7 @@ def make_gate_backward(size: int):
     return gate_backward
 
 
-# The norm -------------------------------------------------------------------------------------------------
-
-
-def make_norm(size: int):
-    @kernel((int64, int64, int64, int64, int64, int64, int64, int64, float64))
-    def norm(scratch, first, last, x, y, statistics, rows, channels, eps):
-        """y = (x - mean) * rstd, row by row, and statistics (rows, 2): mean and rstd."""
-        whole, rest = channels // LANES * LANES * size, channels % LANES
-        step, share = LANES * size, 1.0 / channels
-        zero = constant(0.0)
-        for task in range(first, last):
-            for row in range(task * PIXELS, min((task + 1) * PIXELS, rows)):
-                at, out = x + row * channels * size, y + row * channels * size
-                total = zero
-                for c in range(0, whole, step):
-                    total = total + read(at + c, size, LANES)
-                if rest:
-                    total = total + read(at + whole, size, rest)
-                mean = sum_lanes(total) * share
-                mean_v, total = constant(mean), zero
-                for c in range(0, whole, step):
-                    centred = read(at + c, size, LANES) - mean_v
-                    total = fma(centred, centred, total)
-                if rest:
-                    store(scratch, zero)
-                    write(scratch, read(at + whole, size, rest) - mean_v, 4, rest)
-                    centred = load(scratch)
-                    total = fma(centred, centred, total)
-                rstd = 1.0 / math.sqrt(sum_lanes(total) * share + eps)
-                rstd_v = constant(rstd)
-                for c in range(0, whole, step):
-                    write(out + c, (read(at + c, size, LANES) - mean_v) * rstd_v, size, LANES)
-                if rest:
-                    write(out + whole, (read(at + whole, size, rest) - mean_v) * rstd_v, size, rest)
-                set_number(statistics + 8 * row, mean)
-                set_number(statistics + 8 * row + 4, rstd)
-
-    return norm
-
-
-def make_norm_backward(size: int):
-    @kernel((int64,) * 11)
-    def norm_backward(scratch, first, last, dy, x, statistics, added, dx, sums, pixels, channels):
-        """dx = added + the gradient of x from that of y, row by row, and for every task the sum of `added`."""
-        whole, rest = channels // LANES * LANES, channels % LANES
-        share = 1.0 / channels
-        tasks = (pixels + PIXELS - 1) // PIXELS
-        zero = constant(0.0)
-        for task in range(first, last):
-            image, start = task // tasks, task % tasks * PIXELS
-            total = sums + 4 * task * channels
-            for c in range(channels):
-                set_number(total + 4 * c, 0.0)
-            for i in range(start, min(start + PIXELS, pixels)):
-                row = image * pixels + i
-                offset = row * channels * size
-                mean, rstd = get_number(statistics + 8 * row), get_number(statistics + 8 * row + 4)
-                mean_v, rstd_v = constant(mean), constant(rstd)
-                sum_dy, sum_dy_y = zero, zero
-                for c in range(0, whole, LANES):
-                    at = offset + c * size
-                    dy_c = read(dy + at, size, LANES)
-                    sum_dy = sum_dy + dy_c
-                    sum_dy_y = fma(dy_c, read(x + at, size, LANES) - mean_v, sum_dy_y)
-                if rest:
-                    at = offset + whole * size
-                    dy_c = read(dy + at, size, rest)
-                    sum_dy = sum_dy + dy_c
-                    sum_dy_y = fma(dy_c, read(x + at, size, rest) - mean_v, sum_dy_y)
-                # dx = rstd (dy - mean dy - y mean(dy y)) with y = (x - mean) rstd
-                shift = constant(sum_lanes(sum_dy) * share)
-                slope = constant(sum_lanes(sum_dy_y) * share * rstd * rstd)
-                for c in range(0, whole, LANES):
-                    at = offset + c * size
-                    own = read(dy + at, size, LANES) - shift - (read(x + at, size, LANES) - mean_v) * slope
-                    extra = read(added + at, size, LANES) if added else zero
-                    write(dx + at, fma(own, rstd_v, extra), size, LANES)
-                    store(total + 4 * c, load(total + 4 * c) + extra)
-                if rest:
-                    at = offset + whole * size
-                    own = read(dy + at, size, rest) - shift - (read(x + at, size, rest) - mean_v) * slope
-                    extra = read(added + at, size, rest) if added else zero
-                    write(dx + at, fma(own, rstd_v, extra), size, rest)
-                    write(total + 4 * whole, read(total + 4 * whole, 4, rest) + extra, 4, rest)
-
-    return norm_backward
+# Sums -----------------------------------------------------------------------------------------------------
 
 
 @kernel((int64,) * 7)

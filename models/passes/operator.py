@@ -66,6 +66,18 @@ def depthwise_backward(
     return backend_module(backend).depthwise_backward(dg, d, x, weight, how)
 
 
+@custom_op("passes::pixel_loss", mutates_args=())
+def pixel_loss(
+    estimate: Tensor, target: Tensor, mse: float, l1: float, slopes: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """A loss, and its gradient by the estimate.
+
+    mse times the mean squared difference, l1 times the mean absolute one, and slopes times the sum of the mean absolute
+    differences' steps from line to line and from column to column. Images: (B, C, H, W), float32, without gaps.
+    """
+    return backend_module(backend).pixel_loss(estimate, target, mse, l1, slopes)
+
+
 # What torch has to know of them without computing -----------------------------------------------------------
 
 
@@ -108,6 +120,11 @@ def _(dg, d, x, weight, how, backend):
     return torch.empty_like(x), _sums(x, *weight.shape), _sums(x, channels), _sums(x, channels)
 
 
+@pixel_loss.register_fake
+def _(estimate, target, mse, l1, slopes, backend):
+    return estimate.new_empty(()), torch.empty_like(estimate)
+
+
 # Gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +165,17 @@ def _depthwise_gradient(ctx, dd, dg, _):
     return dx, dweight.to(weight.dtype), dbias.to(ctx.bias_type), None, None, None
 
 
+def _pixel_loss_setup(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _pixel_loss_gradient(ctx, dloss, _):
+    slope = dloss * ctx.saved_tensors[0]
+    return slope, -slope if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
 norm.register_autograd(_norm_gradient, setup_context=_norm_setup)
 gate.register_autograd(_gate_gradient, setup_context=_gate_setup)
 depthwise.register_autograd(_depthwise_gradient, setup_context=_depthwise_setup)
+pixel_loss.register_autograd(_pixel_loss_gradient, setup_context=_pixel_loss_setup)

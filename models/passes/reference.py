@@ -52,6 +52,16 @@ def depthwise_backward(
     return dx, dweight.to(_sum_type(x)), _sums(dd, (0, 1, 2)), _sums(dx, (0, 1, 2))
 
 
+def pixel_loss(estimate: Tensor, target: Tensor, mse: float, l1: float, slopes: float) -> tuple[Tensor, Tensor]:
+    d = estimate - target
+    down, right = d.diff(dim=-2), d.diff(dim=-1)
+    loss = mse * d.square().mean() + l1 * d.abs().mean() + slopes * (down.abs().mean() + right.abs().mean())
+    gradient = (2 * mse * d + l1 * d.sgn()) / d.numel()
+    gradient += slopes / down.numel() * (F.pad(down.sgn(), (0, 0, 1, 0)) - F.pad(down.sgn(), (0, 0, 0, 1)))
+    gradient += slopes / right.numel() * (F.pad(right.sgn(), (1, 0)) - F.pad(right.sgn(), (0, 1)))
+    return loss, gradient
+
+
 def _partner(rows: Tensor, how: str) -> Tensor:
     """The other stream's rows, for a mutual gate."""
     return rows.roll(rows.shape[0] // 2, 0) if how == "mutual" else rows

@@ -47,6 +47,7 @@ from dereflect.models.compiled.vector import (
 )
 
 TILE = 64  # steps between two stored states
+WORTH_THREADS = 1 << 17  # bytes of u, delta and the like, from which on more threads gain more than they cost
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
@@ -471,4 +472,5 @@ def _run(kernel, tasks: int, scratch: int, settings: tuple, packed: tuple, strid
         per_image, per_channel, per_step = (4 * stride for stride in t.stride())
         start = t.data_ptr() + reverse * (t.shape[2] - 1) * per_step
         views.append((start, per_image, per_channel, -per_step if reverse else per_step))
-    run_tasks(kernel, tasks, scratch, *settings, *addresses, *views)
+    moved = sum(t.nbytes for t in strided)
+    run_tasks(kernel, tasks, scratch, *settings, *addresses, *views, parallel=moved >= WORTH_THREADS)
