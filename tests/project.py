@@ -49,11 +49,23 @@ class Project:
         (self.root / "train_sirs.py").write_text(RECORDER)
         self.environment = {
             **os.environ,
-            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(map(str, [self.bin, *self._folders_without_uv(folder / "of the system")])),
             "PYTHON": sys.executable,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
         self.nvidia_smi(NVIDIA_SMI)
+
+    def _folders_without_uv(self, made: Path) -> list[Path]:
+        """Those of PATH. A test that has uv brings its own."""
+        folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+        for i, folder in enumerate(folders):
+            if (folder / "uv").exists():
+                folders[i] = made / str(i)
+                folders[i].mkdir(parents=True)
+                for file in folder.iterdir():
+                    if file.name != "uv":
+                        (folders[i] / file.name).symlink_to(file)
+        return folders
 
     def nvidia_smi(self, text: str) -> None:
         executable(self.bin / "nvidia-smi", text)

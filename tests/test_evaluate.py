@@ -144,7 +144,7 @@ def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
 
 def test_lpips_that_cannot_be_had_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert load_lpips(torch.device("cpu")) == (None, "LPIPS is left out: the package lpips is not installed.")
+    assert load_lpips(torch.device("cpu")) == (None, "LPIPS is left out: pip install lpips.")
 
     def fail(**_):
         raise OSError("no network")

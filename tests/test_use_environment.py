@@ -240,7 +240,7 @@ def bare_python(project: Project) -> Path:
         case "$*" in
         *"sys.executable"*) echo "$0"; exit ;;
         *"import ensurepip"*) [ -e "${{0%/*}}/ensurepip" ]; exit ;;
-        "-m venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; exit ;;
+        "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;
         "-m pip"*) exit ;;
         esac
         exec "{sys.executable}" "$@"
@@ -262,6 +262,17 @@ def test_without_ensurepip_it_says_which_package_to_install(project, bare_python
     assert not (project.root / ".venv").exists()
 
 
+def test_without_ensurepip_uv_makes_the_environment(project, bare_python):
+    log = project.root / "uv.log"
+    makes = f'mkdir -p .venv/bin && cp "{bare_python}" .venv/bin/python'
+    executable(project.bin / "uv", f'#!/bin/sh\necho "$*" >>"{log}"\n[ "$1" = pip ] || {{ {makes}; }}\n')
+    done = project.use_environment("absent-thing\n", "apt_install() { return 1; }")
+    assert done.returncode == 0, done.stderr
+    first, second = log.read_text().splitlines()
+    assert first == f"venv --quiet --seed --python {bare_python} {project.root}/.venv"
+    assert second.startswith(f"pip install --python {project.root}/.venv/bin/python")
+
+
 def test_without_ensurepip_root_gets_it_from_apt(project, bare_python):
     project.apt_get(f'touch "{bare_python.parent}/ensurepip"')
     done = project.use_environment("absent-thing\n")
@@ -280,7 +291,7 @@ def test_nothing_is_imported_from_the_folder_it_is_called_in(project, tmp_path):
         f"""#!/bin/sh
         case "$*" in
         *"sys.executable"*) echo "$0"; exit ;;
-        "-m venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+        "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
         esac
         case "$*" in
         "-m "*) exec "{sys.executable}" "$1" "$2" --help ;;

@@ -47,7 +47,7 @@ except ImportError:
         from pip._vendor.packaging.requirements import Requirement
         from pip._vendor.packaging.version import Version
     except ImportError:
-        print("packaging")
+        print("pip")
         sys.exit(1)
 
 
@@ -110,10 +110,13 @@ apt_install() {
     apt-get -qq update && apt-get -qq install -y --no-install-recommends "$@" >/dev/null
 }
 
-# Makes an empty .venv with interpreter $1.
+# Makes an empty .venv with interpreter $1, by uv where that is there.
 make_venv() {
+    local make=("$1" -m venv)
+    if command -v uv >/dev/null; then
+        make=(uv venv --quiet --seed --python "$1")
     # Debian keeps ensurepip, without which a virtual environment has no pip, in a package of its own.
-    if ! isolated "$1" -c 'import ensurepip' 2>/dev/null; then
+    elif ! isolated "$1" -c 'import ensurepip' 2>/dev/null; then
         local package
         package=$(isolated "$1" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
         if ! apt_install "$package"; then
@@ -121,7 +124,8 @@ make_venv() {
             return 1
         fi
     fi
-    isolated "$1" -m venv --clear "$VENV" || {
+    rm -rf "$VENV"
+    isolated "${make[@]}" "$VENV" || {
         say "$1 could not make $VENV (see above)"
         return 1
     }
@@ -137,7 +141,7 @@ install() {
         torch=$(sed -n 's/^ *"\(torch[a-z]*[<>=][^"]*\)".*/\1/p' "$ROOT/pyproject.toml")
     fi
     command -v uv >/dev/null && pip=uv
-    say "Installing ${1##*/} into .venv with $pip: about $size on the disk, some minutes"
+    say "Installing ${1##*/} into .venv with $pip: about $size on the disk in all, some minutes"
     [ -t 1 ] || quiet=--quiet
     # shellcheck disable=SC2086 # a word for each requirement
     [ -z "$torch" ] || "install_with_$pip" ${quiet:+"$quiet"} --index-url "$index" $torch || return

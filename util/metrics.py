@@ -77,7 +77,7 @@ def load_lpips(device: "torch.device") -> tuple[Distance | None, str]:
 
         network = lpips.LPIPS(net="alex", verbose=False).to(device).eval()
     except ImportError:
-        return None, "LPIPS is left out: the package lpips is not installed."
+        return None, "LPIPS is left out: pip install lpips."
     except Exception as error:  # whatever fetching its weights runs into
         return None, f"LPIPS is left out: its weights can't be had ({' '.join(str(error).split())})."
 
