@@ -108,7 +108,9 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["dsrnet_xs", "mdsrnet_xs", "mdsrnet2d_xs", "dsrnet_mobile_xs", "madsrnet_xs"])
+@pytest.mark.parametrize(
+    "name", ["dsrnet_s", "mdsrnet_s", "dsrnet_xs", "mdsrnet_xs", "mdsrnet2d_xs", "dsrnet_mobile_xs", "madsrnet_xs"]
+)
 def test_both_files_of_the_named_networks(name, tmp_path):
     check(create_model(name), tmp_path)
 

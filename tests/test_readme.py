@@ -121,3 +121,14 @@ def test_the_constraints_are_one_set_that_fits():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     for name, version in (line.split("==") for hook in hooks for line in hook["additional_dependencies"]):
         assert pins[name] == version
+
+
+def test_the_docs_name_tests_that_exist():
+    here = {Path(name).name for name in tracked("tests/*.py")}
+    named = {
+        name
+        for page in tracked("*.md")
+        for name in re.findall(r"\btest_\w+\.py", (ROOT / page).read_text(encoding="utf-8"))
+        if name != "test_sirs.py"  # a program of the published code
+    }
+    assert len(named) > 30 and named <= here
