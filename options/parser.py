@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from pathlib import Path
 
 
 class Role(Enum):
@@ -27,10 +28,15 @@ def option(group: argparse._ActionsContainer, role: Role, *names: str, **setting
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers what it can't use with one line, and a mistyped option with the nearest one there is."""
+    """A parser that answers what it can't use with one line, and a mistyped option with the nearest one there is.
+
+    Its name, `prog`, is that of the program's file, or of the installed command that started it.
+    """
 
     def __init__(self, *args, **settings) -> None:
         super().__init__(*args, **({"formatter_class": _Help, "allow_abbrev": False} | settings))
+        if (command := Path(sys.argv[0]).name).startswith("dereflect"):
+            self.prog = command
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         args = list(sys.argv[1:] if args is None else args)

@@ -108,7 +108,7 @@ def test_the_commands_of_the_package_help(installed, elsewhere):
     for name, place in commands.items():
         module, function = place.split(":")
         run = f"from {module} import {function} as f; sys.argv = [{name!r}, '--help']; sys.exit(f())"
-        assert "usage: " in use(installed, elsewhere, run)
+        assert use(installed, elsewhere, run).startswith(f"usage: {name} [-h]")
 
 
 def test_a_missing_package_of_an_extra_is_named_without_files_that_are_not_installed(installed, elsewhere):
