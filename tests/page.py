@@ -1,11 +1,6 @@
-"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser.
+"""The page of tools/app.py for tests: a network that mirrors, the program as a server, the page in a browser."""
 
-`python -m tests.page docs/app.png` makes the page's picture.
-"""
-
-import base64
 import contextlib
-import io
 import json
 import os
 import re
@@ -14,12 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from PIL import Image
 
 from dereflect.tools.page.work import Sent, Work
 from tests.helpers import ROOT
@@ -243,29 +235,3 @@ def browser(url: str, folder: Path) -> Iterator[Page]:
         yield Page(driver, url, downloads)
     finally:
         driver.quit()
-
-
-def write_picture(path: Path) -> None:
-    """The page with its first example, separated by the bundled weights."""
-    command = [sys.executable, str(ROOT / "tools/app.py"), "--port", "0"]
-    with tempfile.TemporaryDirectory() as folder:
-        program = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-        try:
-            with browser(address(program), Path(folder)) as page:
-                page.open()
-                page.until(lambda: page.find("#examples button"), "the examples")[0].click()
-                page.separated()
-                page.until(
-                    lambda: page.do("return [...document.images].every(image => image.complete)"), "the pictures"
-                )
-                whole = page.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
-        finally:
-            program.terminate()
-            program.wait()
-    picture = Image.open(io.BytesIO(base64.b64decode(whole["data"]))).convert("RGB")
-    picture.thumbnail((900, 2000))
-    picture.save(path, optimize=True)
-
-
-if __name__ == "__main__":
-    write_picture(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from dereflect.engine import Diverged, Engine
@@ -100,6 +102,11 @@ def test_tensorboard_has_curves_panels_and_options(finished):
     assert all(0 < point.value < 60 for point in waited)
     assert len(events.Images("panels/demo_clip")) == 4
     assert "options/text_summary" in tags["tensors"] and "custom_scalars__config__" in tags["tensors"]
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    drawn = [[tag for tag in tags["scalars"] if any(re.match(regex, tag) for regex in chart.multiline.tag)]
+             for category in layout.category for chart in category.chart if chart.title == "PSNR, dB"]  # fmt: skip
+    pairs = [{f"PSNR/{name}", f"PSNR/{name}/input"} for name in ("average", "val", "demo_clip", "demo_screen")]
+    assert list(map(set, drawn)) == [pairs[0], pairs[1], set().union(*pairs)]
     line = next(line for line in read_metrics(finished) if line["set"] == "demo_clip" and line["estimate"] == "input")
     untouched = [point.value for point in events.Scalars("PSNR/demo_clip/input")]
     assert untouched == pytest.approx([line["PSNR"]] * 4), "a level line beside the network's"

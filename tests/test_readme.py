@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from tests.helpers import ROOT, project_table
+from tests.pictures import PICTURES, main
 from tests.project import executable
 from tests.test_blocks import commands
 
@@ -34,6 +35,18 @@ EXCEPTED = {
 def tracked(*patterns: str) -> list[str]:
     done = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
+
+
+def test_every_picture_is_shown_and_the_one_script_makes_it(tmp_path):
+    texts = [ROOT / name for name in tracked("*.md")]
+    shown = {
+        (text.parent / path).resolve() for text in texts for path in re.findall(r"!\[.*?]\((.*?)\)", text.read_text())
+    }
+    assert shown == {(ROOT / name).resolve() for name in tracked("*.png", "*.jpg", "*.svg") if "tools/page" not in name}
+    assert shown == {ROOT.resolve() / f"docs/{name}.png" for name in PICTURES}
+    main(["demo"], tmp_path)
+    with Image.open(tmp_path / "demo.png") as made, Image.open(ROOT / "docs/demo.png") as there:
+        assert made.size == there.size
 
 
 @pytest.fixture

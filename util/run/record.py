@@ -38,9 +38,14 @@ from dereflect.util.run.tracker import Tracker
 _COLUMNS = ("set", "name", *METRICS, *(f"input_{metric}" for metric in METRICS))
 _AVERAGES = (AVERAGE, AVERAGE_PUBLISHED)
 _CHARTS = {
-    "evaluation": {f"{metric}{', dB' * (metric == 'PSNR')}": ["Multiline", [f"^{metric}/"]] for metric in METRICS}
+    title: {f"{metric}{', dB' * (metric == 'PSNR')}": ["Multiline", [f"^{metric}/{sets}"]] for metric in METRICS}
+    for title, sets in {
+        "average, and its untouched input": f"{AVERAGE}(/input)?$",
+        "held-out pairs, and their untouched input": "val(/input)?$",
+        "all sets, and their untouched inputs": "",
+    }.items()
 }
-"""TensorBoard's charts of all sets together, each set's untouched input as a line of its own."""
+"""TensorBoard's charts of several curves, which it draws in one colour: first those of two that are easy to tell."""
 
 _FINAL = [f"{metric}/{name}" for metric in ("PSNR", "SSIM") for name in (AVERAGE, "val")]
 """The curves whose last points TensorBoard shows beside the hyperparameters."""
