@@ -39,7 +39,7 @@ Their sources and licences (public domain or CC0) are listed in the README of sc
 """
 
 
-def build_demo(folder: Path) -> None:
+def build_demo(folder: str | Path) -> None:
     """Make the demo set unless it exists: some megabytes, the same every time.
 
     The folder appears only when it is complete. Several processes may call this at once.
@@ -47,6 +47,7 @@ def build_demo(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else or can't be written, or scikit-image lacks its photographs.
     """
+    folder = Path(folder)
     if _is_complete(folder):
         return
     if folder.is_dir() and any(folder.iterdir()):
@@ -65,7 +66,7 @@ def build_demo(folder: Path) -> None:
         raise UserError(f"{folder}: the demo set cannot be written: {error}") from error
 
 
-def write_examples(folder: Path) -> list[Path]:
+def write_examples(folder: str | Path) -> list[Path]:
     """Write some larger mixtures of photographs that the demo set doesn't train on; the same every time.
 
     A soft reflection, of which much can be taken away; lamps and a sharp one, which stay in part; and none, where
@@ -94,7 +95,7 @@ def write_examples(folder: Path) -> list[Path]:
         "example_3_sharp": (coins, cat, replace(soft, sigma=1.0, ratio=0.5)),
         "example_4_none": (cat, cup, replace(soft, ratio=0.0)),
     }
-    paths = [folder / f"{name}.jpg" for name in examples]
+    paths = [Path(folder) / f"{name}.jpg" for name in examples]
     for path, (t, r, glass) in zip(paths, examples.values(), strict=True):
         write_image(path, shine(t, r, glass)[0])
     return paths

@@ -13,6 +13,8 @@ from dereflect.util.photographs import read_photograph
 
 Picture = TypeVar("Picture", str, Path, Image.Image, np.ndarray, Tensor)
 
+_LUMINANCE = np.float32([0.299, 0.587, 0.114])  # of red, green and blue, as PIL makes grey
+
 Change = Callable[[np.ndarray], np.ndarray]
 """RGB (H, W, 3), uint8, uint16 or floating point in 0..1, to float32 (H, W, 3) around 0..1."""
 
@@ -27,6 +29,8 @@ def apply(change: Change, picture):
     if isinstance(picture, str | Path):
         photograph = read_photograph(Path(picture))
         return _to_pil(change(photograph.pixels), photograph.alpha)
+    if isinstance(picture, Image.Image) and picture.mode.startswith("I;16"):
+        return _change_deep(change, picture)
     if isinstance(picture, Image.Image):
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
         return _to_pil(change(_rgb_of(picture)), None if alpha is None else np.asarray(alpha))
@@ -38,14 +42,18 @@ def apply(change: Change, picture):
 
 
 def _rgb_of(picture: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3), or uint16 for the modes of 16 bits."""
-    if picture.mode.startswith("I;16"):
-        return np.repeat(np.asarray(picture).astype(np.uint16)[..., None], 3, axis=2)
+    """uint8 (H, W, 3)"""
     if picture.mode in ("I", "F"):
         raise ValueError(f"a PIL image of mode {picture.mode} doesn't say what white is; make it an array in 0..1")
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")
     return np.asarray(picture.convert("RGB"))
+
+
+def _change_deep(change: Change, picture: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, the only kind of that depth that PIL has, into another one."""
+    pixels = np.repeat(np.asarray(picture).astype(np.uint16)[..., None], 3, axis=2)
+    return Image.fromarray(_as_type(change(pixels) @ _LUMINANCE, pixels.dtype))
 
 
 def _to_pil(pixels: np.ndarray, alpha: np.ndarray | None) -> Image.Image:

@@ -117,8 +117,8 @@ class Separator:
         Args:
             image: a file (str or Path), which gives a PIL image; a PIL image, which gives one with its alpha channel;
                 numpy (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or floating point in 0..1; torch
-                (3, H, W) or (B, 3, H, W), uint8 or floating point in 0..1, on any device. Grey becomes RGB, alpha is
-                kept as it is.
+                (3, H, W) or (B, 3, H, W), uint8 or floating point in 0..1, on any device. Grey becomes RGB, except in
+                a PIL image of 16 bits, as PIL has no colours of that depth; alpha is kept as it is.
 
         Raises:
             ValueError, TypeError: the image is no such thing, such as one of floating point in 0..255.

@@ -373,11 +373,12 @@ def add_records(parser: Parser) -> None:
 def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", type=Path, metavar="DIR",
-                       help="folder for NAME_t.png and so on, with the same subfolders as below PATH "
-                            "(default: beside each photograph)")  # fmt: skip
+                       help="folder for NAME_behind_glass.png and so on, with the same subfolders as below "
+                            "PATH (default: beside each photograph)")  # fmt: skip
     group.add_argument("--save", nargs="+", choices=("t", "r", "residue", "sidebyside"), default=["t"],
-                       help="what to write: transmission, reflection, residue (grey: none), or all of them side by "
-                            "side, after the photograph")  # fmt: skip
+                       help="what to write: t, what is behind the glass (NAME_behind_glass.png); r, the reflection "
+                            "(NAME_reflection.png); the residue (grey: none); or all of them side by side, after the "
+                            "photograph")  # fmt: skip
     group.add_argument("--format", choices=("jpeg", "png", "webp", "tiff", "bmp", "heic"),
                        help="format of the files (default: the photograph's); PNG and TIFF keep 16 bits")  # fmt: skip
     existing = group.add_mutually_exclusive_group()

@@ -112,7 +112,7 @@ def test_native_protocol_measures_what_is_saved(small, finished, tmp_path, monke
     images = [row for row in rows_of(tmp_path / "per_image.csv") if row["set"] == "demo_clip"]
     assert [row["name"] for row in images] == ["00", "01"]
     for row in images:
-        made = np.asarray(Image.open(tmp_path / f"t/{row['name']}_t.png"), np.float64)
+        made = np.asarray(Image.open(tmp_path / f"t/{row['name']}_behind_glass.png"), np.float64)
         target = read_image(folder / f"transmission_layer/{row['name']}.png") * 255
         for metric, value in quality_assess(made, target).items():
             assert float(row[metric]) == pytest.approx(value, abs=1e-6)

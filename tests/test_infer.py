@@ -75,7 +75,7 @@ def test_photograph_keeps_what_it_says(tmp_path, pixels, stand_in, suffix, orien
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif, icc_profile=profile(), quality=98)
     assert run(tmp_path, tmp_path / f"a.{suffix}") == 0
     upright = UPRIGHT[orientation](pixels)
-    with Image.open(tmp_path / f"a_t.{suffix}") as made:
+    with Image.open(tmp_path / f"a_behind_glass.{suffix}") as made:
         assert made.format == Image.open(tmp_path / f"a.{suffix}").format
         assert made.info["icc_profile"] == profile()
         told = made.getexif()
@@ -92,8 +92,8 @@ def test_photograph_keeps_what_it_says(tmp_path, pixels, stand_in, suffix, orien
 def test_format_follows_the_photograph(tmp_path, pixels, stand_in, suffix):
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
     assert run(tmp_path, tmp_path / f"a.{suffix}", "-o", tmp_path / "out") == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"a_t.{suffix}"]
-    assert np.abs(np.asarray(Image.open(tmp_path / f"out/a_t.{suffix}")).astype(int) - pixels).max() < 20
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"a_behind_glass.{suffix}"]
+    assert np.abs(np.asarray(Image.open(tmp_path / f"out/a_behind_glass.{suffix}")).astype(int) - pixels).max() < 20
 
 
 @pytest.mark.parametrize("form", photographs.FORMATS)
@@ -102,7 +102,7 @@ def test_format_on_request(tmp_path, pixels, stand_in, form):
         pytest.importorskip("pillow_heif")
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png", "--format", form) == 0
-    path = tmp_path / f"a_t{photographs.FORMATS[form]}"
+    path = tmp_path / f"a_behind_glass{photographs.FORMATS[form]}"
     assert np.abs(read_photograph(path).pixels.astype(int) - pixels).max() < 24
 
 
@@ -123,7 +123,7 @@ def test_sixteen_bits_stay(tmp_path, stand_in, source, form, channels):
     deep = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, channels), dtype=np.uint16)
     assert cv2.imwrite(str(tmp_path / f"a.{source}"), deep.squeeze())
     assert run(tmp_path, tmp_path / f"a.{source}", "--format", form, "--tile", 32) == 0
-    made = cv2.imread(str(tmp_path / f"a_t{infer_suffix(source, form)}"), cv2.IMREAD_UNCHANGED)
+    made = cv2.imread(str(tmp_path / f"a_behind_glass{infer_suffix(source, form)}"), cv2.IMREAD_UNCHANGED)
     assert made.dtype == np.uint16
     expected = np.repeat(deep, 3, 2) if channels == 1 else deep
     assert made.shape == expected.shape
@@ -140,7 +140,7 @@ def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path, stand_
     deep = np.full((HEIGHT, WIDTH, 4), 30000, np.uint16)
     cv2.imwrite(str(tmp_path / "a.png"), deep)
     assert run(tmp_path, tmp_path / "a.png", "--format", "webp", "--save", "t", "sidebyside") == 0
-    made = np.asarray(Image.open(tmp_path / "a_t.webp"))
+    made = np.asarray(Image.open(tmp_path / "a_behind_glass.webp"))
     assert made.shape == (HEIGHT, WIDTH, 4) and abs(int(made[5, 5, 0]) - 117) <= 1
     assert np.all(made[..., 3] == 117)
 
@@ -158,7 +158,7 @@ def test_sixteen_bits_are_turned_and_keep_what_they_say(tmp_path, pixels, stand_
         told = photographs.Photograph(deep, exif=exif.tobytes())
         photographs.write_photograph(tmp_path / "a.tif", deep, told, "tiff")
     assert run(tmp_path, tmp_path / f"a.{kind}") == 0
-    made = read_photograph(tmp_path / f"a_t.{kind}")
+    made = read_photograph(tmp_path / f"a_behind_glass.{kind}")
     np.testing.assert_array_equal(made.pixels, UPRIGHT[orientation](deep))
     exif = Image.Exif()
     exif.load(made.exif)
@@ -170,7 +170,7 @@ def test_alpha_is_carried_over(tmp_path, pixels, stand_in, suffix):
     alpha = pixels[::-1, ::-1, :1]
     Image.fromarray(np.concatenate([pixels, alpha], -1)).save(tmp_path / f"a.{suffix}", lossless=True, exif=facts(6))
     assert run(tmp_path, tmp_path / f"a.{suffix}") == 0
-    with Image.open(tmp_path / f"a_t.{suffix}") as made:
+    with Image.open(tmp_path / f"a_behind_glass.{suffix}") as made:
         assert made.mode == "RGBA"
         np.testing.assert_array_equal(np.asarray(made)[..., 3], UPRIGHT[6](alpha)[..., 0])
 
@@ -179,7 +179,7 @@ def test_profile_of_other_colours_is_not_kept(tmp_path, pixels, stand_in):
     grey = profile()[:16] + b"GRAY" + profile()[20:]
     Image.fromarray(pixels[..., 0]).save(tmp_path / "a.png", icc_profile=grey)
     assert run(tmp_path, tmp_path / "a.png") == 0
-    made = Image.open(tmp_path / "a_t.png")
+    made = Image.open(tmp_path / "a_behind_glass.png")
     assert "icc_profile" not in made.info and made.mode == "RGB"
 
 
@@ -187,9 +187,9 @@ def test_everything_that_can_be_saved(tmp_path, pixels, stand_in):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     assert run(tmp_path, tmp_path / "a.png", "--save", "t", "r", "residue", "sidebyside") == 0
     made = {path.stem: np.asarray(Image.open(path)).astype(int) for path in tmp_path.glob("a_*.png")}
-    assert set(made) == {"a_t", "a_r", "a_residue", "a_sidebyside"}
+    assert set(made) == {"a_behind_glass", "a_reflection", "a_residue", "a_sidebyside"}
     np.testing.assert_allclose(made["a_residue"], (pixels / 255 / 8 + 0.5) * 255, atol=0.501)
-    row = np.concatenate([pixels, made["a_t"], made["a_r"], made["a_residue"]], axis=1)
+    row = np.concatenate([pixels, made["a_behind_glass"], made["a_reflection"], made["a_residue"]], axis=1)
     np.testing.assert_array_equal(made["a_sidebyside"], row)
 
 
@@ -210,37 +210,42 @@ def made_in(folder: Path) -> set[str]:
 
 def test_folders_keep_their_layout(tmp_path, album, stand_in):
     assert run(tmp_path, album, album / "one.png", "-o", tmp_path / "out") == 0
-    assert made_in(tmp_path / "out") == {"one_t.png", "deep/two_t.jpg"}
+    assert made_in(tmp_path / "out") == {"one_behind_glass.png", "deep/two_behind_glass.jpg"}
     assert len(stand_in.seen) == 2, "a photograph named twice is separated once"
 
 
 def test_patterns(tmp_path, album, stand_in):
     assert run(tmp_path, f"{album}/**/*.[jp]*g", "-o", tmp_path / "out") == 0
-    assert made_in(tmp_path / "out") == {"one_t.png", "deep/two_t.jpg"}
+    assert made_in(tmp_path / "out") == {"one_behind_glass.png", "deep/two_behind_glass.jpg"}
 
 
 def test_nothing_is_overwritten(tmp_path, album, stand_in, capsys):
     assert run(tmp_path, album) == 0
-    before = (album / "one_t.png").read_bytes()
+    before = (album / "one_behind_glass.png").read_bytes()
     Image.new("RGB", (9, 9)).save(album / "one.png")
     assert run(tmp_path, album) == 1
-    assert "one_t.png exists; --overwrite or --resume" in capsys.readouterr().err
-    assert (album / "one_t.png").read_bytes() == before
-    assert made_in(album) == {"one_t.png", "deep/two_t.jpg"}, "what was made is no photograph to separate"
+    assert "one_behind_glass.png exists; --overwrite or --resume" in capsys.readouterr().err
+    assert (album / "one_behind_glass.png").read_bytes() == before
+    assert made_in(album) == {"one_behind_glass.png", "deep/two_behind_glass.jpg"}, (
+        "what was made is no photograph to separate"
+    )
     assert run(tmp_path, album, "--overwrite") == 0
-    assert (album / "one_t.png").read_bytes() != before
+    assert (album / "one_behind_glass.png").read_bytes() != before
 
 
 def test_resume_makes_what_is_missing(tmp_path, album, stand_in, capsys):
     assert run(tmp_path, album) == 0
-    (album / "deep/two_t.jpg").unlink()
+    (album / "deep/two_behind_glass.jpg").unlink()
     stand_in.seen.clear()
     assert run(tmp_path, album, "--resume") == 0
-    assert len(stand_in.seen) == 1 and (album / "deep/two_t.jpg").exists()
-    assert "1 done before" in capsys.readouterr().out
-    before = (album / "one_t.png").stat().st_mtime_ns
+    assert len(stand_in.seen) == 1 and (album / "deep/two_behind_glass.jpg").exists()
+    told = capsys.readouterr().out
+    two = album / "deep/two"
+    assert f"{two}.jpg -> {two}_behind_glass.jpg\n" in told, "where it went"
+    assert "1 done before" in told and "failed" not in told and "left out" in told
+    before = (album / "one_behind_glass.png").stat().st_mtime_ns
     assert run(tmp_path, album, "--resume", "--save", "t", "r") == 0
-    assert (album / "one_r.png").exists() and (album / "one_t.png").stat().st_mtime_ns == before
+    assert (album / "one_reflection.png").exists() and (album / "one_behind_glass.png").stat().st_mtime_ns == before
 
 
 def test_a_bad_file_does_not_stop_the_rest(tmp_path, album, stand_in, capsys):
@@ -249,13 +254,13 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path, album, stand_in, capsys):
     told = capsys.readouterr()
     assert "2 separated" in told.out and "1 failed" in told.out
     assert told.err.startswith(f"error: {album / 'broken.png'}: ") and "broken.png" not in told.out
-    assert made_in(album) == {"one_t.png", "deep/two_t.jpg"}
+    assert made_in(album) == {"one_behind_glass.png", "deep/two_behind_glass.jpg"}
 
 
 def test_what_a_format_cannot_hold_is_told_and_leaves_nothing(tmp_path, stand_in, capsys):
     Image.new("RGB", (17000, 1)).save(tmp_path / "long.png")
     assert run(tmp_path, tmp_path / "long.png", "--format", "webp") == 1
-    assert "long_t.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().err
+    assert "long_behind_glass.webp: 17,000 x 1 pixels, but WEBP holds at most 16,383 a side" in capsys.readouterr().err
     assert not stand_in.seen, "before anything is computed"
     assert {path.name for path in tmp_path.iterdir()} == {"long.png", "weights.pt"}
 
@@ -264,8 +269,8 @@ def test_outputs_of_one_name_get_two(tmp_path, album, pixels, stand_in):
     Image.fromarray(pixels).save(album / "one.jpg")
     assert run(tmp_path, album) == 0
     assert run(tmp_path, album, "--format", "webp") == 0
-    assert made_in(album) == {"one_t.png", "one_t.jpg", "deep/two_t.jpg", "one_png_t.webp", "one_jpg_t.webp",
-                              "deep/two_t.webp"}  # fmt: skip
+    made = ("one.png", "one.jpg", "deep/two.jpg", "one_png.webp", "one_jpg.webp", "deep/two.webp")
+    assert made_in(album) == {name.replace(".", "_behind_glass.") for name in made}
 
 
 def test_paths_that_lead_nowhere(tmp_path, stand_in, capsys):
@@ -280,8 +285,11 @@ def test_the_whole_program(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     command = [sys.executable, "tools/infer.py", tmp_path / "a.png", "--gpu_ids", "-1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "dsrnet_xs on cpu" in done.stdout and "images/s" in done.stdout
-    made = np.asarray(Image.open(tmp_path / "a_t.png")).astype(int)
+    assert "madsrnet_xs on cpu\n" in done.stdout and "1 separated in" in done.stdout
+    assert not any(word in done.stdout for word in ("tile", "done before", "failed", "left out")), (
+        "nothing that is noise"
+    )
+    made = np.asarray(Image.open(tmp_path / "a_behind_glass.png")).astype(int)
     expected = np.clip(load_separator(PRETRAINED, gpu_ids=[]).separate(pixels).transmission, 0, 1) * 255
     assert np.abs(made - expected).max() <= 0.51
 
@@ -298,7 +306,7 @@ def test_separating_imports_no_more_than_it_needs(tmp_path, pixels):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "photo_t.jpg").exists(), done.stdout
+    assert (tmp_path / "photo_behind_glass.jpg").exists(), done.stdout
 
 
 def test_broken_checkpoint_is_a_line(tmp_path, pixels, capsys):

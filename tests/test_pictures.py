@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from dereflect.data.demo import write_examples
 from dereflect.models import hub, separator
 from dereflect.models.separator import Separator, load_separator
 from dereflect.options import PRETRAINED
+from dereflect.util import photographs
 from dereflect.util.errors import UserError
 from dereflect.util.images import read_image
 from tests.helpers import ROOT, Local, Malicious
@@ -89,6 +91,21 @@ def test_what_is_no_picture_is_refused(halve, bad):
         halve(bad)
     with pytest.raises(TypeError, match="not list"):
         halve([1, 2])
+
+
+def test_a_pil_image_of_sixteen_bits_keeps_them(halve, pixels):
+    deep = pixels[..., 0].astype(np.uint16) * 257 + 3
+    made = halve(Image.fromarray(deep))
+    assert made.mode == "I;16" and np.abs(np.asarray(made) - deep / 2).max() <= 1
+
+
+def test_paths_may_be_text(pixels, tmp_path):
+    deep = photographs.Photograph(pixels.astype(np.uint16) * 257)
+    path = f"{tmp_path}/a.png"
+    assert photographs.suffix_for(path, photographs.format_of(path)) == ".png"
+    photographs.write_photograph(path, deep.pixels, deep, "png")
+    np.testing.assert_array_equal(photographs.read_photograph(path).pixels, deep.pixels)
+    assert all(path.is_file() for path in write_examples(str(tmp_path)))
 
 
 def test_a_missing_file_is_named(halve, tmp_path):

@@ -84,23 +84,26 @@ def infer(options: Namespace) -> int:
         progress.close()
     seconds = time.monotonic() - began
     rate = f" in {seconds:.1f} s, {done / seconds:.2f} images/s" if done else ""
-    print(f"{done} separated{rate}; {skipped} done before, {failed} failed{_left_out(plan)}")
+    counts = [f"; {count} {what}" for count, what in ((skipped, "done before"), (failed, "failed")) if count]
+    print(f"{done} separated{rate}{''.join(counts)}{_left_out(plan)}")
     return 1 if failed else 0
 
 
 def _try(separator: "Separator", job: Job, progress: "Progress") -> tuple[bool, bool]:
     """Do a job, and tell what is wrong; whether anything was made, and whether everything was."""
-    refused = []
+    refused, made = [], []
 
     def refuse(line: str) -> None:
         refused.append(line)
         progress.log(f"error: {line}", wrong=True)
 
     try:
-        separate_file(separator, job, refuse, lambda line: progress.log(f"note: {printable(job.source)}: {line}"))
+        note = lambda line: progress.log(f"note: {printable(job.source)}: {line}")  # noqa: E731
+        separate_file(separator, job, refuse, note, made=made.append)
     except UserError as error:
         progress.log(f"error: {error}", wrong=True)
         return False, False
+    progress.log(f"{printable(job.source)} -> {', '.join(map(printable, made))}")
     return True, not refused
 
 
@@ -147,6 +150,7 @@ def separate_file(
     refuse: Callable[[str], None] | None = None,
     note: Callable[[str], None] = lambda line: None,
     watch: Callable[[Iterable, int], Iterable] | None = None,
+    made: Callable[[Path], None] = lambda path: None,
 ) -> "Photograph":
     """Make a photograph's files; the photograph and its files are held at 8 or 16 bits, all else in bands of rows.
 
@@ -157,6 +161,7 @@ def separate_file(
             are made. Without it, and where there are no others, that is an error.
         note: called with a line for everything that the photograph's file says and that is left out.
         watch: as of `models.tiles.blend`; without it, progress is shown on the terminal.
+        made: called with every file that has been written.
 
     Returns:
         The photograph.
@@ -196,6 +201,7 @@ def separate_file(
         except OSError as error:
             raise UserError(f"{path.parent}: cannot be made: {error.strerror}") from error
         notes += write_photograph(path, images[kind], photograph, job.form)
+        made(path)
     for line in dict.fromkeys(notes):
         note(line)
     return photograph
@@ -230,7 +236,7 @@ def _load(options: Namespace) -> "Separator":
     keep_freed_memory()
     separator = load_separator(options.checkpoint, **separator_settings(options))
     separator.separate(np.zeros((STRIDE, STRIDE, 3), np.uint8))  # loads the compiled kernels
-    print(f"{separator.inet} on {separator.device}, tiles of {separator.tile} pixels", flush=True)
+    print(f"{separator.inet} on {separator.device}", flush=True)
     return separator
 
 

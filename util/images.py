@@ -125,7 +125,7 @@ def opened(path: str | Path) -> Iterator[Picture]:
         raise UserError(f"{name}: cannot be read: {str(error) or type(error).__name__}") from error
 
 
-def _open_file(path: Path, name: str) -> BinaryIO:
+def _open_file(path: str | Path, name: str) -> BinaryIO:
     """A plain file that is not empty."""
     # Opening a fifo would otherwise wait for somebody who writes to it.
     file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115

@@ -11,8 +11,11 @@ from pathlib import Path
 
 from dereflect.util.errors import UserError, printable
 
-KINDS = ("t", "r", "residue", "sidebyside")
-"""What can be made of a photograph: the ends of the files' names."""
+NAMES = {"t": "behind_glass", "r": "reflection", "residue": "residue", "sidebyside": "sidebyside"}
+"""What can be made of a photograph, as --save takes it, and how the files' names end."""
+
+ENDS = {*NAMES.values(), "t", "r"}
+"""Ends of the names of files that were made, by older versions too."""
 
 
 @dataclass(frozen=True)
@@ -192,13 +195,13 @@ def find_jobs(options: Namespace) -> Plan:
 
     def outputs(source: Source, apart: Path) -> dict[str, Path]:
         place = options.output / apart / source.folder if options.output else source.file.parent
-        return {kind: place / f"{stem(source.file)}_{kind}{suffix(source.file)}" for kind in KINDS}
+        return {kind: place / f"{stem(source.file)}_{end}{suffix(source.file)}" for kind, end in NAMES.items()}
 
     # What was made of a photograph in a folder before is none of the folder's photographs.
     made, folders = set(), {}
     for source in search.sources:
-        for kind, path in outputs(source, Path()).items():
-            made |= {(os.path.realpath(path.parent), name) for name in (path.stem, f"{source.file.stem}_{kind}")}
+        place = os.path.realpath(outputs(source, Path())["t"].parent)
+        made |= {(place, f"{name}_{end}") for name in (stem(source.file), source.file.stem) for end in ENDS}
         folders.setdefault(source.file.stem, []).append(source.folder)
 
     def is_made(source: Source) -> bool:
@@ -227,9 +230,11 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _made_elsewhere(source: Source, folders: dict[str, list[Path]]) -> bool:
     """Whether an earlier call with an -o inside the folder has made a file: it has mirrored the folder there."""
-    name, _, kind = source.file.stem.rpartition("_")
-    return kind in KINDS and any(
-        source.folder != folder and source.folder.parts[len(source.folder.parts) - len(folder.parts) :] == folder.parts
+    stem, place = source.file.stem, source.folder
+    names = [stem.removesuffix(f"_{end}") for end in ENDS if stem.endswith(f"_{end}")]
+    return any(
+        place != folder and place.parts[len(place.parts) - len(folder.parts) :] == folder.parts
+        for name in names
         for folder in folders.get(name, ())
     )
 

@@ -64,14 +64,15 @@ class Photograph:
     notes: tuple[str, ...] = ()
 
 
-def format_of(path: Path) -> str:
+def format_of(path: str | Path) -> str:
     """The format, of FORMATS, in which something with this file's name is written; PNG for those not written."""
-    return _BY_SUFFIX.get(path.suffix.lower(), "png")
+    return _BY_SUFFIX.get(Path(path).suffix.lower(), "png")
 
 
-def suffix_for(path: Path, form: str) -> str:
+def suffix_for(path: str | Path, form: str) -> str:
     """The suffix of what is made of a file in a format of FORMATS: the file's own where it is of that format."""
-    return path.suffix if _BY_SUFFIX.get(path.suffix.lower()) == form else FORMATS[form]
+    suffix = Path(path).suffix
+    return suffix if _BY_SUFFIX.get(suffix.lower()) == form else FORMATS[form]
 
 
 def depth_of(photograph: Photograph, form: str) -> np.dtype:
@@ -89,7 +90,7 @@ def check_format(form: str) -> None:
         raise UserError(f"--format heic: {NO_HEIC.replace('convert the file', 'choose another --format')}")
 
 
-def check_fits(path: Path, width: int, height: int, form: str) -> None:
+def check_fits(path: str | Path, width: int, height: int, form: str) -> None:
     """See whether a format of FORMATS can hold an image of that size.
 
     Raises:
@@ -101,7 +102,7 @@ def check_fits(path: Path, width: int, height: int, form: str) -> None:
                         "--format png")  # fmt: skip
 
 
-def read_photograph(path: Path) -> Photograph:
+def read_photograph(path: str | Path) -> Photograph:
     """Any image file at its own depth, upright, with what it says about itself.
 
     Raises:
@@ -126,7 +127,7 @@ def read_photograph(path: Path) -> Photograph:
         return Photograph(pixels, alpha, icc, block, xmp, about.dpi, tuple(about.notes))
 
 
-def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str) -> list[str]:
+def write_photograph(path: str | Path, pixels: np.ndarray, like: Photograph, form: str) -> list[str]:
     """Write pixels as an edit of a photograph: with its profile, EXIF, XMP and alpha as far as the format holds them.
 
     The file appears under its name only when it is whole.
@@ -147,7 +148,7 @@ def write_photograph(path: Path, pixels: np.ndarray, like: Photograph, form: str
     has_alpha = like.alpha is not None and like.alpha.shape == pixels.shape[:2]
     if has_alpha and form in _WITH_ALPHA:
         pixels = np.dstack([pixels, as_type(like.alpha, pixels.dtype)])
-    with disk.replacing(path) as temporary:
+    with disk.replacing(Path(path)) as temporary:
         try:
             with temporary.open("wb") as file:
                 notes = _encode(file, pixels, like, form)

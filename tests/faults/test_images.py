@@ -343,7 +343,7 @@ def test_infer_separates_what_it_can(tmp_path, monkeypatch, capsys):
     told.encode()
     made = {path.name for path in (tmp_path / "made").iterdir()}
     readable = {"good.png"} | ODD
-    assert made == {f"{Path(name).stem}_t{Path(name).suffix}" for name in readable}
+    assert made == {f"{Path(name).stem}_behind_glass{Path(name).suffix}" for name in readable}
     for name in names:
         if name not in readable and (folder / name).is_file():
             assert f"error: {folder}/{name}: " in told, name
