@@ -36,8 +36,8 @@ def project_table() -> dict:
     """`[project]` of pyproject.toml."""
     try:
         import tomllib
-    except ImportError:  # before Python 3.11
-        from pip._vendor import tomli as tomllib
+    except ImportError:  # before Python 3.11, where pytest brings this
+        import tomli as tomllib
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -36,27 +36,29 @@ lacking() {
     [ -x "$1" ] && isolated "$1" - "$2" <<'PYTHON'
 import re
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-try:
-    from packaging.requirements import Requirement
-    from packaging.version import Version
-except ImportError:
-    try:
-        from pip._vendor.packaging.requirements import Requirement
-        from pip._vendor.packaging.version import Version
-    except ImportError:
-        print("pip")
-        sys.exit(1)
+
+def first(*names):
+    """The first of these modules that is there; they are alike. Pip has copies of its own."""
+    for name in names:
+        try:
+            return import_module(name)
+        except ImportError:
+            pass
+    print("pip")
+    sys.exit(1)
+
+
+Requirement = first("packaging.requirements", "pip._vendor.packaging.requirements").Requirement
+Version = first("packaging.version", "pip._vendor.packaging.version").Version
+tomllib = first("tomllib", "tomli", "pip._vendor.tomli")
 
 
 def project(folder, extras):
     """What pyproject.toml asks for: always, and for these extras."""
-    try:
-        import tomllib
-    except ImportError:
-        from pip._vendor import tomli as tomllib
     told = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for line in [*told["dependencies"], *(line for extra in extras for line in told["optional-dependencies"][extra])]:
         requirement = Requirement(line)
