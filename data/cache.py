@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import get_worker_info
 
+from dereflect.data.transforms import Photograph
 from dereflect.util.errors import UserError
 from dereflect.util.images import read_rgb
 
@@ -48,40 +47,35 @@ class ImageCache:
         # The system provides a page when it is first written to, so an unused part takes no memory.
         self.pixels = torch.empty(budget, dtype=torch.uint8).share_memory_()
         self.entries = torch.zeros(len(files), _COLUMNS, dtype=torch.int64).share_memory_()
-        # Width and height, and the box within the pixels, of what was decoded at a smaller size; zeros for all others.
+        # Width and height of the photograph, and the part of the pixels that it fills.
         self.full = torch.zeros(len(files), 6, dtype=torch.float64).share_memory_()
         self.used = torch.zeros(max(1, workers), dtype=torch.int64).share_memory_()  # bytes of each worker's part
 
-    def read(self, file: Path) -> Image.Image:
-        """As `read_rgb`, at a short side of at least `least`."""
+    def read(self, file: Path) -> Photograph:
+        """As `read_rgb`, at a short side of at least `least`; not to be written into."""
         number = self.numbers.get(file)
-        if number is None:
-            return read_rgb(file, self.least)
-        if self.entries[number, -1]:  # written last, so looked at first
-            start, height, width, _ = self.entries[number].tolist()
-            pixels = self.pixels[start : start + 3 * height * width].view(height, width, 3)
-            image = Image.fromarray(pixels.numpy())
-            if self.full[number, 0]:
-                full_width, full_height, *extent = self.full[number].tolist()
-                image.info = {"size": (int(full_width), int(full_height)), "extent": tuple(extent)}
-            return image
-        image = read_rgb(file, self.least)
-        self._keep(number, image)
-        return image
+        if number is None or not self.entries[number, -1]:  # written last, so looked at first
+            photograph = Photograph.of(read_rgb(file, self.least))
+            if number is not None:
+                self._keep(number, photograph)
+            return photograph
+        start, height, width, _ = self.entries[number].tolist()
+        pixels = self.pixels[start : start + 3 * height * width].view(height, width, 3)
+        full_width, full_height, *extent = self.full[number].tolist()
+        return Photograph(pixels.numpy(), (int(full_width), int(full_height)), tuple(extent))
 
-    def _keep(self, number: int, image: Image.Image) -> None:
+    def _keep(self, number: int, photograph: Photograph) -> None:
         worker = get_worker_info()
         part = worker.id if worker else 0
         room = len(self.pixels) // len(self.used)
         used = int(self.used[part])
-        pixels = torch.from_numpy(np.array(image)).flatten()
+        pixels = photograph.pixels.reshape(-1)
         # Another worker may have kept the file in the meantime. If two do so at once, the later entry is used.
         if self.entries[number, -1] or used + len(pixels) > room:
             return
         start = part * room + used
-        self.pixels[start : start + len(pixels)] = pixels
+        self.pixels.numpy()[start : start + len(pixels)] = pixels
         self.used[part] = used + len(pixels)
-        if "extent" in image.info:
-            self.full[number] = torch.tensor([*image.info["size"], *image.info["extent"]], dtype=torch.float64)
-        self.entries[number, :-1] = torch.tensor([start, image.height, image.width])
+        self.full[number] = torch.tensor([*photograph.size, *photograph.extent], dtype=torch.float64)
+        self.entries[number, :-1] = torch.tensor([start, *photograph.pixels.shape[:2]])
         self.entries[number, -1] = 1

@@ -238,7 +238,7 @@ def _context(options: Namespace):
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cv2", "PIL.Image", f"dereflect.data.{options.dataset}"])
+    context.set_forkserver_preload(["torch", "cv2", "numba", "PIL.Image", f"dereflect.data.{options.dataset}"])
     with _signals_blocked():
         forkserver.ensure_running()
     return context

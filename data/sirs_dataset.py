@@ -95,7 +95,8 @@ class TrainSet(Dataset[Sample]):
             return mixture, t
         if pair.mixture not in self.tones:
             files = (pair.mixture, pair.transmission)
-            small = (np.float32(self.images.read(file).resize((_TONE_SIDE, _TONE_SIDE))) / 255 for file in files)
+            images = (Image.fromarray(self.images.read(file).pixels) for file in files)
+            small = (np.float32(image.resize((_TONE_SIDE, _TONE_SIDE))) / 255 for image in images)
             self.tones[pair.mixture] = physical.tone(*small)
         return mixture, np.clip(t * self.tones[pair.mixture], 0, 1)
 

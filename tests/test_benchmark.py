@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dereflect.data import discover
 from dereflect.models import dsrnet_model_sirs as model_module
 from dereflect.tools.benchmark import main
 from dereflect.tools.benchmarks import common, machine, variants
 from dereflect.tools.benchmarks.common import Measurement
-from dereflect.tools.benchmarks.published import PublishedNetwork
+from dereflect.tools.benchmarks.published import PublishedNetwork, published_samples
 from dereflect.util import program
 from dereflect.util.errors import UserError
+from tests.helpers import options_for
 
 
 @pytest.fixture(autouse=True)
@@ -94,20 +96,21 @@ def clone(tmp_path):
         "models/__init__.py": "raise_when_ours = 'published'\n",
         "models/arch/__init__.py": """
             from mamba_ssm import Mamba
-            from models.arch.tiny import Tiny
+            from models.arch.tiny import DSRNet
             from util.numbers import CHANNELS
 
             def tiny():
                 assert Mamba(16, d_state=16, d_conv=4, expand=2).cuda().D.device.type == "cpu"
-                return Tiny(CHANNELS)
+                return DSRNet(CHANNELS)
             """,
         "models/arch/tiny.py": """
             import torch
             from torch import nn
 
-            class Tiny(nn.Module):
-                def __init__(self, channels):
+            class DSRNet(nn.Module):
+                def __init__(self, channels, lrm_blk_nums=[]):
                     super().__init__()
+                    assert lrm_blk_nums[1] == 4, "as published, dsrnet_s gives none"
                     self.ending = nn.Module()
                     self.ending.seq = nn.Sequential(nn.Conv2d(3, channels, 1))
 
@@ -117,6 +120,32 @@ def clone(tmp_path):
                     return out, image - out, torch.zeros(1).cuda() * out
             """,
         "util/numbers.py": "CHANNELS = 3\n",
+        "data/sirs_dataset.py": """
+            import os
+            import kornia
+            import torch
+            from tensorboardX import SummaryWriter
+
+            class DSRDataset:
+                def __init__(self, folder):
+                    self.value, self.count = 0, len(os.listdir(folder)) // 2
+
+            class DSRTestDataset:
+                def __init__(self, folder, enable_transforms=False):
+                    assert enable_transforms
+                    self.value, self.count = 1, len(os.listdir(os.path.join(folder, "blended")))
+
+            class FusionDataset:
+                def __init__(self, datasets, ratios):
+                    print("a fusion dataset")
+                    self.datasets, self.ratios = datasets, ratios
+
+                def __len__(self):
+                    return sum(dataset.count for dataset in self.datasets)
+
+                def __getitem__(self, index):
+                    return {"input": torch.full((3, 16, 16), index)}
+            """,
         "train_sirs.py": "raise RuntimeError('nobody runs this')\n",
     }
     for name, text in files.items():
@@ -154,9 +183,10 @@ def test_against_a_clone_of_the_published_code(clone):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda clone: (clone / "models/arch/__init__.py").unlink(), r"no models/arch/__init__\.py"),
+        (lambda clone: (clone / "models/arch/__init__.py").unlink(), "no models/arch in it"),
         (lambda clone: (clone / "models/arch/__init__.py").write_text(""), "has no tiny"),
         (lambda clone: (clone / "models/arch/__init__.py").write_text("import no_such_thing"), "no_such_thing"),
+        (lambda clone: (clone / "util/numbers.py").write_text("CHANNELS = []"), "its models.arch fails: TypeError: "),
         (lambda clone: (clone / "util/numbers.py").write_text("CHANNELS = 4"), "another network than ours.*ending"),
     ],
 )
@@ -228,9 +258,9 @@ def test_data(run, tiny_data):
     little = ("data", "--base_dir", str(tiny_data), "--crop_size", "16", "--seconds", "0.2")
     record, markdown = run(*little, "--nThreads", "0", "--cache_images", "0", "0.01")
     found = record["measurements"]
-    assert [(m["workers"], m["cache GiB"]) for m in found] == [(0, 0), (0, 0.01)]
+    assert [(m["code"], m["workers"], m["cache GiB"]) for m in found] == [("ours", 0, 0), ("ours", 0, 0.01)]
     assert 0 < found[1]["reading"] < found[0]["reading"] < 1
-    assert "| workers | cache GiB |" in markdown
+    assert "| code | workers | cache GiB |" in markdown
     record, _ = run(*little, "--nThreads", "2", "--cache_images", "0")
     (alone,) = record["measurements"]
     assert "reading" not in alone
@@ -238,6 +268,30 @@ def test_data(run, tiny_data):
     for m in (*found, alone):
         assert m["samples"] > 1 and m["milliseconds"] >= 200
         assert m["rate"] == pytest.approx(1e3 * m["samples"] / m["milliseconds"])
+
+
+def test_data_against(run, tiny_data, clone, capsys):
+    record, markdown = run(
+        "data", "--base_dir", str(tiny_data), "--crop_size", "16", "--seconds", "0.2", "--nThreads", "0", "1",
+        "--cache_images", "0", "--against", str(clone),
+    )  # fmt: skip
+    found = record["measurements"]
+    assert [(m["code"], m["workers"]) for m in found] == [("published", 0), ("ours", 0), ("published", 0), ("ours", 1)]
+    for theirs, ours in zip(found[::2], found[1::2], strict=True):
+        assert theirs["ratio"] == 1 and ours["ratio"] == pytest.approx(ours["rate"] / theirs["rate"])
+        assert all(m["rate"] == pytest.approx(1e3 * m["samples"] / m["milliseconds"]) for m in (theirs, ours))
+    assert "x published" in markdown and "a fusion dataset" not in capsys.readouterr().out
+
+
+def test_published_samples_come_from_our_folders(clone, base):
+    sets = discover(options_for(base, "--mix", 6, 4, 0))
+    dataset = published_samples(clone, sets)
+    assert dataset.ratios == [0.6, 0.4]
+    assert [(part.value, part.count) for part in dataset.datasets] == [(0, len(sets.photographs) // 2), (1, 5)]
+    assert "data.sirs_dataset" not in sys.modules and "kornia" not in sys.modules
+    (clone / "data/sirs_dataset.py").unlink()
+    with pytest.raises(UserError, match="there is no data/sirs_dataset in it"):
+        published_samples(clone, sets)
 
 
 def test_data_without_room_for_the_cache(run, tiny_data):

@@ -85,7 +85,7 @@ def test_pairs_of_a_jpeg_and_a_png_are_aligned(tmp_path, size, orientation, cach
     cache = ImageCache(files, 2**27 if cached else 0, 0, least=256)
     for _ in range(2):
         jpeg, png = (cache.read(file) for file in files)
-        assert jpeg.size != png.size, "one is decoded at a smaller size"
+        assert jpeg.pixels.shape != png.pixels.shape, "one is decoded at a smaller size"
         for seed in range(6):
             how = Augmentation.draw(np.random.default_rng(seed), 128, 2)
             one, other = (augment(image, how)[..., 0].astype(np.float64) for image in (jpeg, png))

@@ -9,7 +9,7 @@
     python tools/benchmark.py step --sizes 256 --variants bf16 --profile trace.json
     python tools/benchmark.py step --forward_only --inet mdsrnet_s --variants fp32 --sizes 64 128 256 512
     python tools/benchmark.py memory --inet dsrnet_s         peak memory over the size of the images
-    python tools/benchmark.py data --nThreads 0 1 2          training samples a second
+    python tools/benchmark.py data --nThreads 0 1 2          training samples a second; --against, too
     python tools/benchmark.py eval --images 50               an evaluation beside its forward passes alone
     python tools/benchmark.py metrics --size 544 416         the four measures beside the published computation
 
@@ -117,6 +117,9 @@ def _add_data(commands) -> None:
         "share of the time that goes into images, from file or cache, where no workers do it.",
     )
     parser.set_defaults(run="loop.run_data")
+    parser.add_argument("--against", type=Path, metavar="FOLDER",
+                        help="a clone of the published DSRNet repository: its samples, which one process makes, come "
+                             "in turn with ours, and ratios are to it")  # fmt: skip
     parser.add_argument("--base_dir", type=Path, metavar="DIR",
                         help="data in the training's layout (default: the demo set, made for the while)")  # fmt: skip
     parser.add_argument("--crop_size", type=sixteens, default=224, metavar="PIXELS",

@@ -10,7 +10,6 @@ each process, and a kernel whose closure holds one would never be found in the c
 import hashlib
 import itertools
 import operator
-from functools import partial
 from pathlib import Path
 
 import llvmlite.binding
@@ -20,6 +19,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
+
+from dereflect.util.compiled import compiled
 
 LANES = 16  # numbers in one vector
 ROW = 4 * LANES  # bytes of one vector
@@ -41,15 +42,11 @@ def kernel(arguments: tuple):
     Helpers must stand in this file or in the kernel's own.
     """
 
-    def compiled(function):
+    def compile_it(function):
         function.__qualname__ = f"{function.__qualname__}_{_VERSION}"
-        compiler = partial(numba.njit, types.void(*arguments), nogil=True, error_model="numpy")
-        try:
-            return compiler(cache=True)(function)
-        except RuntimeError:  # no folder for the cache can be written
-            return compiler()(function)
+        return compiled(types.void(*arguments))(function)
 
-    return compiled
+    return compile_it
 
 
 class Float32x16(types.Type):

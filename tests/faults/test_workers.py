@@ -378,4 +378,4 @@ def test_a_worker_that_dies_while_it_fills_the_cache_leaves_no_half_image(base, 
     kept = [file for file, number in cache.numbers.items() if cache.entries[number][-1]]
     assert len(kept) > 10
     for file in kept:
-        assert cache.read(file).tobytes() == read_rgb(file, cache.least).tobytes()
+        assert cache.read(file).pixels.tobytes() == read_rgb(file, cache.least).tobytes()

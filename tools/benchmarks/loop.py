@@ -4,8 +4,10 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
 
 from dereflect.data import build_train_loader, discover
 from dereflect.data.demo import build_demo
@@ -14,9 +16,12 @@ from dereflect.data.loader import Loader
 from dereflect.options import parse_train
 from dereflect.tools.benchmarks import machine, output
 from dereflect.tools.benchmarks.common import Measurement, progress
+from dereflect.tools.benchmarks.published import published_samples
+from dereflect.tools.benchmarks.variants import PUBLISHED
 from dereflect.util.errors import UserError
 
 ENDLESS = 10**6  # samples an epoch: none ends while it's measured
+ROUNDS = 4  # of taking turns with the published code
 COLUMNS = {
     "samples": "{samples}",
     "samples/s": "{rate:.1f}",
@@ -34,12 +39,15 @@ def run_data(options: argparse.Namespace) -> None:
         if not options.base_dir:
             build_demo(folder)
         sets = discover(training_options(options, folder, workers=0, cache=0))
+        published = published_samples(options.against, sets) if options.against else None
         found = [
-            measure(options, folder, sets, workers, cache)
+            m
             for workers, cache in itertools.product(options.nThreads, options.cache_images)
+            for m in measure(options, folder, sets, workers, cache, published)
         ]
     header = machine.setting(options, "cpu", rates) | {"data": "; ".join(sets.describe())}
-    output.report(options, header, [output.table("training samples", found, COLUMNS)], found)
+    columns = COLUMNS | ({f"x {PUBLISHED}": "{ratio:.2f}"} if published else {})
+    output.report(options, header, [output.table("training samples", found, columns)], found)
 
 
 def training_options(options: argparse.Namespace, folder: Path, workers: int, cache: float) -> argparse.Namespace:
@@ -54,33 +62,59 @@ def training_options(options: argparse.Namespace, folder: Path, workers: int, ca
     return parse_train([f"--{name}={value}" for name, value in given.items()])
 
 
-def measure(options: argparse.Namespace, folder: Path, sets: Sets, workers: int, cache: float) -> Measurement:
-    """Count samples, in batches of one, for --seconds, once the cache and the workers' queues are full."""
-    result = Measurement({"workers": workers, "cache GiB": cache})
+def measure(
+    options: argparse.Namespace, folder: Path, sets: Sets, workers: int, cache: float, published: Dataset | None
+) -> list[Measurement]:
+    """Count samples, in batches of one, for --seconds, once the cache and the workers' queues are full.
+
+    Where there are the published code's samples, they come in turn with ours, one process and no cache.
+    """
+    ours = Measurement({"code": "ours", "workers": workers, "cache GiB": cache})
     progress(f"{workers} workers, cache of {cache:g} GiB")
     try:
         loader = build_train_loader(training_options(options, folder, workers, cache), sets)
     except UserError as error:
-        result.note = str(error)
-        return result
-    samples = iter(loader)
-    for _ in range(sum(sets.sizes.values()) if cache else 8 * max(1, workers)):
-        next(samples)
+        ours.note = str(error)
+        return [ours]
+    sources = [(ours, iter(loader))]
+    if published:
+        theirs = Measurement({"code": PUBLISHED, "workers": 0, "cache GiB": 0.0})
+        sources.insert(0, (theirs, endless(DataLoader(published, shuffle=True))))
+    for _ in range(sum(sets.sizes.values()) if cache else 8):
+        next(sources[-1][1])
     reading = None if workers else time_reading(loader)
+    turns = ROUNDS if published else 1
+    for _ in range(turns):
+        for m, samples in sources:
+            for _ in range(8 * m.what["workers"]):  # what was made while others had their turn
+                next(samples)
+            count, seconds = count_samples(samples, options.seconds / turns)
+            m.figures["samples"] = m.figures.get("samples", 0) + count
+            m.seconds = [sum(m.seconds) + seconds]
+    progress("")
+    for m, _ in sources:
+        m.figures["rate"] = m.figures["samples"] / m.seconds[0]  # a second
+        m.figures["rate_a_core"] = m.figures["rate"] / max(1, m.what["workers"])
+        m.figures["ratio"] = m.figures["rate"] / sources[0][0].figures["rate"]
+    if reading:
+        ours.figures["reading"] = reading() / ours.seconds[0]  # share of the time
+    return [m for m, _ in sources]
+
+
+def endless(samples: Iterable) -> Iterator:
+    """The samples, again and again."""
+    while True:
+        yield from samples
+
+
+def count_samples(samples: Iterator, least: float) -> tuple[int, float]:
+    """Take samples until some seconds are over; return their number and the seconds."""
     count, began, seconds = 0, time.perf_counter(), 0.0
-    while seconds < options.seconds or not count:
+    while seconds < least or not count:
         next(samples)
         count += 1
         seconds = time.perf_counter() - began
-    result.seconds = [seconds]
-    result.figures = {
-        "samples": count,
-        "rate": count / seconds,  # a second
-        "rate_a_core": count / seconds / max(1, workers),
-        "reading": reading() / seconds if reading else None,  # share of the time
-    }
-    progress("")
-    return result
+    return count, seconds
 
 
 def time_reading(loader: Loader) -> Callable[[], float]:

@@ -1,13 +1,16 @@
-"""A network of the published code, out of a folder that holds a clone of a DSRNet or MDSRNet repository.
+"""Networks and training samples of the published code, out of a clone of a DSRNet or MDSRNet repository.
 
-Its packages have names such as `models`, as ours have, so they are imported in the place of ours for a moment. On a
-CPU its `.cuda()` calls do nothing. Where the package mamba_ssm isn't installed, a stand-in has its reference scan: the
-plain recurrence.
+Its packages have names such as `models`, as ours once had, and are imported for a moment only. On a CPU its `.cuda()`
+calls do nothing. Where the package mamba_ssm isn't installed, a stand-in has its reference scan: the plain recurrence.
+What else it imports and never calls has stand-ins, too.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import inspect
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,9 @@ from types import ModuleType
 from unittest.mock import patch
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from dereflect.data.folders import Sets
 from dereflect.models.scan import Mamba, selective_scan_reference, set_backend
 from dereflect.models.weights import translate
 from dereflect.util.errors import UserError
@@ -53,29 +58,79 @@ class PublishedNetwork(nn.Module):
     def __init__(self, folder: Path, name: str, ours: nn.Module, device: str):
         super().__init__()
         self.device = device
-        if not (folder / "models" / "arch" / "__init__.py").is_file():
-            raise UserError(f"--against {folder}: there is no models/arch/__init__.py in it")
-        try:
-            with _in_the_place_of_ours(folder), self._without_cuda():
-                create = getattr(importlib.import_module("models.arch"), name, None)
-                if create is None:
-                    raise UserError(f"--against {folder}: its models/arch/__init__.py has no {name}")
+        with _imported(folder, "models.arch", device) as arch:
+            create = getattr(arch, name, None)
+            if create is None:
+                raise UserError(f"--against {folder}: its models/arch/__init__.py has no {name}")
+            with _with_blocks(arch):
                 self.network = create()
-        except ImportError as error:
-            raise UserError(f"--against {folder}: {error}; it wants a package that this Python lacks") from error
         self.network.load_state_dict(_weights(ours, self.network, f"--against {folder}: its {name}"))
 
     def forward(self, image: Tensor, features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """As of our network."""
-        with self._without_cuda():
+        with _without_cuda(self.device):
             return self.network(image, features)
 
-    @contextlib.contextmanager
-    def _without_cuda(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for kind in (Tensor, nn.Module) if self.device == "cpu" else ():
-                stack.enter_context(patch.object(kind, "cuda", lambda self, *_, **__: self))
-            yield
+
+def published_samples(folder: Path, sets: Sets) -> Dataset:
+    """The training samples of the published code, of the folders that ours are made of.
+
+    Args:
+        folder: the clone.
+        sets: our images to train on, and their mix.
+
+    Raises:
+        UserError: the folder holds no such code, or it needs a package that isn't there.
+    """
+    with _imported(folder, "data.sirs_dataset", "cpu") as module, contextlib.redirect_stdout(io.StringIO()):
+        parts = []
+        for source in sets.mix:
+            if source == "synthetic":
+                parts.append(module.DSRDataset(str(sets.photographs[0].parent)))
+            else:
+                pairs = sets.pairs[source][0].mixture.parents[1]
+                parts.append(module.DSRTestDataset(str(pairs), enable_transforms=True))
+        return module.FusionDataset(parts, list(sets.mix.values()))
+
+
+@contextlib.contextmanager
+def _imported(folder: Path, name: str, device: str) -> Iterator[ModuleType]:
+    """A module of the published code; it can import others of them meanwhile.
+
+    Raises:
+        UserError: the folder has no such module, or what runs in it raises.
+    """
+    path = Path(*name.split("."))
+    if not any((folder / file).is_file() for file in (path / "__init__.py", path.with_suffix(".py"))):
+        raise UserError(f"--against {folder}: there is no {path} in it")
+    try:
+        with _in_the_place_of_ours(folder), _without_cuda(device):
+            yield importlib.import_module(name)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"--against {folder}: {error}; it wants a package that this Python lacks") from error
+    except Exception as error:
+        raise UserError(f"--against {folder}: its {name} fails: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_cuda(device: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind in (Tensor, nn.Module) if device == "cpu" else ():
+            stack.enter_context(patch.object(kind, "cuda", lambda self, *_, **__: self))
+        yield
+
+
+def _with_blocks(arch: ModuleType) -> contextlib.AbstractContextManager:
+    """Give networks that don't say how many blocks their residue has the published weights' number.
+
+    DSRNet's code took that number out of a default and left dsrnet_s without, which can't be built since.
+    """
+    network = getattr(arch, "DSRNet", None)
+    if network is None or "lrm_blk_nums" not in inspect.signature(network).parameters:
+        return contextlib.nullcontext()
+    return patch.object(arch, "DSRNet", functools.partial(network, lrm_blk_nums=[2, 4]))
 
 
 def _weights(ours: nn.Module, published: nn.Module, what: str) -> dict[str, Tensor]:
@@ -102,7 +157,9 @@ def _in_the_place_of_ours(folder: Path) -> Iterator[None]:
 
     kept = {name: sys.modules.pop(name) for name in taken()}
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
-    stand_ins = {} if importlib.util.find_spec("mamba_ssm") else _stand_ins()
+    stand_ins = {
+        name: module for name, module in _stand_ins().items() if not importlib.util.find_spec(name.partition(".")[0])
+    }
     try:
         with patch.object(sys, "path", [str(folder.resolve()), *elsewhere]), patch.dict(sys.modules, stand_ins):
             importlib.invalidate_caches()
@@ -114,7 +171,7 @@ def _in_the_place_of_ours(folder: Path) -> Iterator[None]:
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    """What stands for mamba_ssm."""
+    """What stands for mamba_ssm, and for what is imported and never called."""
     names = ("mamba_ssm", "mamba_ssm.modules", "mamba_ssm.modules.mamba_simple")
     names += ("mamba_ssm.ops", "mamba_ssm.ops.selective_scan_interface")
     modules = {name: ModuleType(name) for name in names}
@@ -123,4 +180,6 @@ def _stand_ins() -> dict[str, ModuleType]:
     modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_fn = selective_scan_reference
     for module in modules.values():
         module.__path__ = []
+    modules |= {name: ModuleType(name) for name in ("kornia", "tensorboardX")}
+    modules["tensorboardX"].SummaryWriter = None
     return modules
