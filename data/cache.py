@@ -69,12 +69,12 @@ class ImageCache:
         part = worker.id if worker else 0
         room = len(self.pixels) // len(self.used)
         used = int(self.used[part])
-        pixels = photograph.pixels.reshape(-1)
+        pixels = torch.tensor(photograph.pixels).flatten()
         # Another worker may have kept the file in the meantime. If two do so at once, the later entry is used.
         if self.entries[number, -1] or used + len(pixels) > room:
             return
         start = part * room + used
-        self.pixels.numpy()[start : start + len(pixels)] = pixels
+        self.pixels[start : start + len(pixels)] = pixels
         self.used[part] = used + len(pixels)
         self.full[number] = torch.tensor([*photograph.size, *photograph.extent], dtype=torch.float64)
         self.entries[number, :-1] = torch.tensor([start, *photograph.pixels.shape[:2]])
