@@ -83,10 +83,12 @@ def _check(maker: str, ours: Callable[[Tensor], Sequence], expected: Callable[[T
         pairs = zip(ours(image), expected(image), strict=True)
     off = max((torch.as_tensor(found) - wanted).abs().max().item() for found, wanted in pairs)
     if not off <= CLOSE:
-        raise UserError(
-            f"{maker} of torch {torch.__version__} gives results that are off by {off:.1e}, where {CLOSE} is allowed; "
-            "nothing is written. A newer torch may do it: 2.13 and 2.14 are tested"
-        )
+        raise _refusal(maker, f"gives results that are off by {off:.1e}, where {CLOSE} is allowed")
+
+
+def _refusal(maker: str, what: str) -> UserError:
+    advice = "nothing is written. A newer torch may do it: 2.13 and 2.14 are tested"
+    return UserError(f"{maker} of torch {torch.__version__} {what}; {advice}")
 
 
 def write_torch(program: torch.export.ExportedProgram, path: Path) -> None:
@@ -115,7 +117,12 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> int:
     for graph in (model.model.graph, *model.model.functions.values()):
         for node in graph.all_nodes():
             node.metadata_props.clear()  # where in the source it comes from: half of the file
-    session = onnxruntime.InferenceSession(model.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(
+            model.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # of classes of onnxruntime's own
+        raise _refusal("ONNX export", "makes a model that onnxruntime can't load") from error
     _check("ONNX export", lambda image: session.run(None, {INPUT: image.numpy()}), program.module())
     with disk.replacing(path) as temporary:
         model.save(temporary, external_data=False)

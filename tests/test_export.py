@@ -100,6 +100,9 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
         UserError, match=r"ONNX export of torch .* off by \d\.\de-0[23], where 0\.0001 is allowed; nothing"
     ):
         exported.write_onnx(other, tmp_path / "x.onnx")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="onnxruntime can't load; nothing is written"):
+        patch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: 1 / 0)
+        exported.write_onnx(other, tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.export, "export", lambda *_, **__: one)
     with pytest.raises(UserError, match=r"torch\.export of torch"):
