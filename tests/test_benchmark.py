@@ -207,20 +207,36 @@ def test_step_against(run, clone, monkeypatch):
     assert all(m["share"] > 0 for m in found)
 
 
+def test_step_with_options_of_a_training(run):
+    arguments = ("--inet", "dsrnet_xs", "--gpu_ids", "-1", "--sizes", "32", "--variants", "fp32", "--repeats", "1",
+                 "--no-keep_freed_memory")  # fmt: skip
+    (whole,), (part,) = (
+        run("step", *arguments, *given)[0]["measurements"] for given in ((), ("--training=--lambda_vgg 0",))
+    )
+    assert part["flops"] < whole["flops"] / 2  # without VGG19
+
+
 def test_step_forward_only(run, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     record, markdown = run(
         "step", "--inet", "dsrnet_xs", "--gpu_ids", "-1", "--forward_only", "--sizes", "32", "--batches", "1", "2",
         "--variants", "fp32",
-        "--repeats", "3", "--no-keep_freed_memory", "--profile", str(trace),
+        "--repeats", "3", "--no-keep_freed_memory", "--operators", "--profile", str(trace),
     )  # fmt: skip
-    one, two = record["measurements"]
+    one, two, _, *operators = record["measurements"]
     assert (one["batch"], two["batch"]) == (1, 2)
     assert two["flops"] == 2 * one["flops"]
     assert one["nanoseconds_a_pixel"] == pytest.approx(1e6 * one["milliseconds"] / 32**2)
     assert two["nanoseconds_a_pixel"] == pytest.approx(1e6 * two["milliseconds"] / (2 * 32**2))
     assert one["repeats"] == 3 and 0 < one["fastest"] <= one["milliseconds"] <= one["slowest"]
     assert "### nanoseconds a pixel" in markdown
+    by_name = {m["operator"]: m for m in operators}
+    parts = [m["milliseconds"] for name, m in by_name.items() if name != "all operators"]
+    assert by_name["all operators"]["milliseconds"] == pytest.approx(sum(parts))
+    # Products are nearly all of the arithmetic, and only they are told by it.
+    products = {name: m for name, m in by_name.items() if name in ("aten::addmm", "aten::convolution")}
+    assert 0.3 * two["floor"] < sum(m["floor"] for m in products.values()) <= two["floor"]
+    assert by_name["aten::addmm"]["calls"] >= 38  # of each step's expansion
     assert json.loads(trace.read_text())["traceEvents"]
     assert "Self CPU" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@
     python tools/benchmark.py step                           a training step beside a plainly written network's
     python tools/benchmark.py step --inet dsrnet_l --batches 1 2 4 --variants bf16 bf16+compile bf16+checkpoint
     python tools/benchmark.py step --against ../DSRNet       beside the published code's, out of a clone of it
-    python tools/benchmark.py step --sizes 256 --variants bf16 --profile trace.json
+    python tools/benchmark.py step --sizes 256 --variants bf16 --operators --profile trace.json
     python tools/benchmark.py step --forward_only --inet mdsrnet_s --variants fp32 --sizes 64 128 256 512
     python tools/benchmark.py memory --inet dsrnet_s         peak memory over the size of the images
     python tools/benchmark.py data --nThreads 0 1 2          training samples a second; --against, too
@@ -19,6 +19,7 @@ Every comparison runs in one process with the competitors in turn, and medians a
 import argparse
 import importlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,9 @@ def _add_step(commands) -> None:
                         help="only predict, and show how far the time a pixel varies over the sizes")  # fmt: skip
     _add_limits(parser, max_seconds=60, repeats=5)
     _add_output(parser, plot="time and peak memory over the image's area, over the batch")
+    parser.add_argument("--operators", action="store_true",
+                        help="show how long each operator of the last variant there takes, and its floor: products at "
+                             "the rate of a matrix product, all else at the rate of a copy (CPU only)")  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE.json",
                         help="trace one step of the last variant there, for chrome://tracing or ui.perfetto.dev, and "
                              "print its costliest operators")  # fmt: skip
@@ -186,6 +190,9 @@ def _add_subject(parser: argparse.ArgumentParser, sizes: list[int]) -> None:
     parser.add_argument("--sizes", nargs="+", type=sixteens, default=sizes, metavar="PIXELS",
                         help="height and width of the images, multiples of 16 "
                              f"(default: {' '.join(map(str, sizes))})")  # fmt: skip
+    parser.add_argument("--training", type=shlex.split, default=[], metavar="OPTIONS",
+                        help="options of train_sirs.py for features and losses, as one word: "
+                             "'--training=--lambda_vgg 0 --lambda_excl 0' (default: none, so all losses)")  # fmt: skip
     parser.add_argument("--keep_freed_memory", action=argparse.BooleanOptionalAction, default=True,
                         help="have the C library keep what is freed, as training does")  # fmt: skip
 

@@ -11,10 +11,10 @@ import itertools
 import numpy as np
 import torch
 
-from dereflect.tools.benchmarks import common, machine, output, variants
+from dereflect.tools.benchmarks import common, machine, operators, output, variants
 from dereflect.tools.benchmarks.common import Measurement
 from dereflect.tools.benchmarks.output import Row
-from dereflect.tools.benchmarks.variants import Variant
+from dereflect.tools.benchmarks.variants import Images, Variant, Work
 from dereflect.util.device import keep_freed_memory, set_deterministic
 from dereflect.util.errors import UserError
 
@@ -25,10 +25,12 @@ def run_step(options: argparse.Namespace) -> None:
     device, chosen = prepare(options)
     if options.profile and not options.profile.parent.is_dir():
         raise UserError(f"--profile {options.profile}: there is no such folder")
+    if options.operators and (device != "cpu" or chosen[-1].is_compiled):
+        raise UserError("--operators: works on a CPU, for variants that aren't compiled")
     rates = machine.ceilings(device)
     kind = KINDS[options.forward_only]
     found = measure(options, chosen, device, options.forward_only)
-    add_floors(found, rates, device, options.forward_only)
+    add_floors(found, rates, device, options)
     columns = {
         "ms": "{milliseconds:.1f}",
         "min..max": "{fastest:.1f}..{slowest:.1f}",
@@ -43,8 +45,13 @@ def run_step(options: argparse.Namespace) -> None:
     if options.forward_only and (spread := spreads(found)):
         columns = {"least": "{least:.0f}", "most": "{most:.0f}", "most/least": "{ratio:.2f}"}
         tables.append(output.table("nanoseconds a pixel", spread, columns))
+    parts: list[Measurement] = []
+    if options.operators:
+        work, images = last_work(options, chosen[-1], device)
+        rows, parts = operators.by_operator(work, images, rates)
+        tables.append(rows)
     header = machine.setting(options, device, rates)
-    output.report(options, header, tables, found)
+    output.report(options, header, tables, [*found, *parts])
     if options.plot:
         axes = {"milliseconds": "milliseconds", "peak GiB": "peak_GiB"}
         output.draw(plot_rows(found, options), axes, f"A {kind}, {header['machine']}", options.plot)
@@ -101,7 +108,7 @@ def measure(options: argparse.Namespace, chosen: list[Variant], device: str, for
     found = []
     build = variants.prediction if forward_only else variants.training
     for model in options.inet:
-        works = {variant.name: build(model, variant, device, options.against) for variant in chosen}
+        works = {variant.name: build(model, variant, device, options.against, options.training) for variant in chosen}
         for size, batch in itertools.product(options.sizes, options.batches):
             if any(variant.is_compiled for variant in chosen):
                 torch.compiler.reset()  # else torch refuses to compile a step for more than a few sizes
@@ -125,20 +132,20 @@ def blank(kind: str, model: str, variant: str, size: int, batch: int) -> Measure
     return Measurement(what, batch * size**2)
 
 
-def add_floors(found: list[Measurement], rates: dict[str, float], device: str, forward_only: bool) -> None:
+def add_floors(found: list[Measurement], rates: dict[str, float], device: str, options: argparse.Namespace) -> None:
     """Add figures: FLOPs (of the plain fp32 step, which computes nothing twice), floor (milliseconds) and share.
 
     Args:
         found: of `measure`.
         rates: FLOP/s of a matrix product by precision.
-        device, forward_only: as they were measured.
+        device, options: as they were measured.
     """
     counts = {}
     for m in (m for m in found if not m.note):
         model, size = place = m.what["model"], m.what["size"]
         if place not in counts:
             common.progress(f"{model} {size}: counting operations")
-            counts[place] = variants.count_flops(model, size, device, forward_only)
+            counts[place] = variants.count_flops(model, size, device, options.forward_only, options.training)
             common.progress("")
         if counts[place]:
             flops = counts[place] * m.what["batch"]
@@ -177,11 +184,16 @@ def plot_rows(found: list[Measurement], options: argparse.Namespace) -> list[Row
     return rows
 
 
+def last_work(options: argparse.Namespace, variant: Variant, device: str) -> tuple[Work, Images]:
+    """The work of the last model, in this variant, and images of the last size and batch."""
+    build = variants.prediction if options.forward_only else variants.training
+    work = build(options.inet[-1], variant, device, options.against, options.training)
+    return work, variants.random_images(options.batches[-1], options.sizes[-1], device)
+
+
 def profile(options: argparse.Namespace, variant: Variant, device: str) -> None:
     """Write and print what takes the time of the last model, in this variant, at the last size and batch."""
-    build = variants.prediction if options.forward_only else variants.training
-    work = build(options.inet[-1], variant, device, options.against)
-    images = variants.random_images(options.batches[-1], options.sizes[-1], device)
+    work, images = last_work(options, variant, device)
     for _ in range(3):  # compile, record graphs, take memory from the system
         work(images)
     activities = [torch.profiler.ProfilerActivity.CPU]

@@ -1,7 +1,7 @@
 """What `step` and `memory` measure: the networks in several variants, as training steps and as predictions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,10 +106,13 @@ class OtherModel(nn.Module):
         return self.separate(image, features)
 
 
-def build(name: str, variant: Variant, device: str, against: Path | None = None) -> nn.Module:
-    """The model with random weights, on the device; `against` is a clone of the published code."""
+def build(
+    name: str, variant: Variant, device: str, against: Path | None = None, given: Sequence[str] = ()
+) -> nn.Module:
+    """The model with random weights, on the device; `against` is a clone of the published code, `given` are options
+    of a training."""
     extras = ["--checkpoint_activations"] if "checkpoint" in variant.parts else []
-    options = train_parser().parse_args([f"--inet={name}", "--vgg_weights=random", *extras])
+    options = train_parser().parse_args(["--vgg_weights=random", *given, f"--inet={name}", *extras])
     model = build_model(options, bf16=variant.precision == "bf16")
     check_backends(model.network, device)
     scaled_at_random(model.network, std=0.1)  # at their initial 0 some gradients vanish
@@ -124,9 +127,9 @@ def build(name: str, variant: Variant, device: str, against: Path | None = None)
     return model
 
 
-def training(name: str, variant: Variant, device: str, against: Path | None = None) -> Work:
+def training(name: str, variant: Variant, device: str, against: Path | None = None, given: Sequence[str] = ()) -> Work:
     """A training step that keeps its weights and its optimiser's state, and nothing else, from call to call."""
-    model = build(name, variant, device, against)
+    model = build(name, variant, device, against, given)
     settings = {} if variant.is_other else {"fused": True}
     optimizer = torch.optim.AdamW(parameter_groups(model.network, 1e-2), lr=1e-6, **settings)
 
@@ -141,9 +144,11 @@ def training(name: str, variant: Variant, device: str, against: Path | None = No
     return with_scan(variant, step)
 
 
-def prediction(name: str, variant: Variant, device: str, against: Path | None = None) -> Work:
+def prediction(
+    name: str, variant: Variant, device: str, against: Path | None = None, given: Sequence[str] = ()
+) -> Work:
     """`predict` of the mixtures."""
-    model = build(name, variant, device, against).eval()
+    model = build(name, variant, device, against, given).eval()
     return with_scan(variant, torch.no_grad()(lambda images: model.predict(images[0])))
 
 
@@ -164,16 +169,15 @@ def random_images(batch: int, size: int, device: str) -> Images:
     return [torch.rand(batch, 3, size, size, device=device) for _ in range(3)]
 
 
-def count_flops(model: str, size: int, device: str, forward_only: bool) -> int | None:
+def count_flops(model: str, size: int, device: str, forward_only: bool, given: Sequence[str] = ()) -> int | None:
     """Floating-point operations of one image's step in fp32: those of products, convolutions and scans.
 
     None where even that doesn't fit into memory.
     """
-    formulas = FORMULAS | {torch.ops.aten.convolution_backward: _backward_flops}
     try:
-        work = (prediction if forward_only else training)(model, Variant("fp32"), device)
+        work = (prediction if forward_only else training)(model, Variant("fp32"), device, given=given)
         images = random_images(1, size, device)
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS_BOTH_WAYS) as counter:
             work(images)
     except torch.cuda.OutOfMemoryError:
         return None
@@ -188,3 +192,7 @@ def _backward_flops(
     number."""
     forward = 2 * math.prod(w_shape) * grad_shape[0] * math.prod((x_shape if transposed else grad_shape)[2:])
     return forward * sum(mask[:2])
+
+
+FORMULAS_BOTH_WAYS = FORMULAS | {torch.ops.aten.convolution_backward: _backward_flops}
+"""FLOPs of operators that torch's counter doesn't know, or counts wrongly."""
