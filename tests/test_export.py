@@ -153,6 +153,7 @@ def test_the_bundled_network_and_the_example_in_docs(tmp_path, monkeypatch, caps
     (["--to", "torch", "-o", "x.onnx"], "must end in .pt2"),
     (["--to", "onnx", "-o", "x.onnx", "--half"], "--half"),
     (["-o", "x.safetensors", "--vgg_weights", "random"], "--vgg_weights"),
+    (["another.pt", "--to", "onnx", "-o", "x.onnx"], "another.pt: several checkpoints"),
 ])  # fmt: skip
 def test_options_that_do_not_fit_are_told(more, said, capsys):
     with pytest.raises(SystemExit, match="2"):

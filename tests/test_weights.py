@@ -152,6 +152,25 @@ def test_exported_weights_are_the_averaged_ones_and_say_whose(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+def test_the_mean_of_several_checkpoints_is_exported(tmp_path, capsys):
+    one, two = (create_model("dsrnet_xs").state_dict() for _ in range(2))
+    other = create_model("mdsrnet_xs").state_dict()
+    sources = []
+    for index, (inet, network) in enumerate((("dsrnet_xs", one), ("dsrnet_xs", two), ("mdsrnet_xs", other))):
+        path = tmp_path / f"{index}.pt"
+        checkpoint.save({"format": 1, "inet": inet, "epoch": index, "network": network}, path)
+        sources.append(str(path))
+    target = tmp_path / "mean.safetensors"
+    assert program.run(export.main, [*sources[:2], "-o", str(target)]) == 0
+    content = checkpoint.load(target)
+    assert content["epoch"] == 1
+    for key, value in content["network"].items():
+        torch.testing.assert_close(value, (one[key] + two[key]) / 2, rtol=1e-6, atol=1e-7)
+    capsys.readouterr()
+    assert program.run(export.main, [*sources, "-o", str(target)]) == 2
+    assert "2.pt: of mdsrnet_xs, but" in capsys.readouterr().err
+
+
 def test_the_weights_in_the_box():
     """Small, of the network that they say, and a model card beside them."""
     assert PRETRAINED.stat().st_size <= 16e6

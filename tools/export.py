@@ -3,10 +3,13 @@
     python tools/export.py checkpoints/dsrnet_xs/best.pt -o dsrnet_xs.safetensors
     python tools/export.py checkpoints/dsrnet_xs/best.pt --to onnx -o dsrnet_xs.onnx
     python tools/export.py checkpoints/dsrnet_xs/best.pt --to torch -o dsrnet_xs.pt2
+    python tools/export.py checkpoints/part1/last.pt checkpoints/part2/last.pt -o mean.safetensors
 
-Where there is a moving average, its weights are taken. A .safetensors file names the network and the options of its
-training, but none of the machine, such as folders; all programs here take it as they take a checkpoint. The two others
-hold the network with its frozen features in float32, for images of any size; see `models.exported`.
+Where there is a moving average, its weights are taken. Of several checkpoints the mean of the weights is written, which
+may do better than each where one training went on from the other ("Model soups", Wortsman et al., ICML 2022). A
+.safetensors file names the network and the options of its training, but none of the machine, such as folders; all
+programs here take it as they take a checkpoint. The two others hold the network with its frozen features in float32,
+for images of any size; see `models.exported`.
 """
 
 import sys
@@ -18,6 +21,7 @@ if not __package__:  # started as a file
 
 from dereflect.options.arguments import roles
 from dereflect.options.parser import WHAT, Parser
+from dereflect.util.errors import UserError
 from dereflect.util.program import run
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
@@ -26,7 +30,12 @@ _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="export.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a run's best.pt or last.pt, or a published file"
+        "checkpoint",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a run's best.pt or last.pt, or a published file; "
+        "of several, all of one network, the mean of their weights is written",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="ends in .safetensors, .onnx "
                         "or .pt2")  # fmt: skip
@@ -45,33 +54,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--half: doesn't go with --to {options.to}, which is in float32")
     if options.vgg_weights and options.to == "safetensors":
         parser.error("--vgg_weights: only with --to onnx or torch")
+    if len(options.checkpoint) > 1 and options.to != "safetensors":
+        parser.error(f"{options.checkpoint[1]}: several checkpoints don't go with --to {options.to}; write their mean "
+                     "to a .safetensors file first")  # fmt: skip
     if options.to == "safetensors":
         print(export(options.checkpoint, options.output, options.half))
     else:
-        print(export_runnable(options.checkpoint, options.output, options.to, options.vgg_weights))
+        print(export_runnable(options.checkpoint[0], options.output, options.to, options.vgg_weights))
 
 
-def export(source: Path, target: Path, half: bool = False) -> str:
-    """Write the weights of a checkpoint; returns a line about them.
+def export(sources: Sequence[Path], target: Path, half: bool = False) -> str:
+    """Write the mean of the checkpoints' weights, and what the last one says of its training; returns a line about it.
 
     Raises:
-        UserError: it can't be read or is of no network here, or the file can't be written.
+        UserError: one can't be read, is of no network here or of another than the first, or the file can't be written.
     """
     from dereflect.models.arch import create_model
     from dereflect.models.weights import architecture_of, load_weights
     from dereflect.util.run import checkpoint
     from dereflect.util.run.reader import is_plain
 
-    content = checkpoint.load(source)
-    name = architecture_of(content, str(source))
-    network = create_model(name)
-    rest = load_weights(network, content, str(source))
+    state: dict = {}
+    name, rest = "", {}
+    for source in sources:
+        content = checkpoint.load(source)
+        found = architecture_of(content, str(source))
+        if name and found != name:
+            raise UserError(f"{source}: of {found}, but {sources[0]} is of {name}; a mean is of one network's weights")
+        name = found
+        network = create_model(name)
+        rest = load_weights(network, content, str(source))
+        for key, value in network.state_dict().items():
+            state[key] = state.get(key, 0) + value.double() / len(sources)
     about = {"format": checkpoint.FORMAT, "inet": name}
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
         chosen = {key: value for key, value in rest["options"].items() if isinstance(key, str) and is_plain(value)}
         about["options"] = {key: value for key, value in chosen.items() if roles().get(key) is WHAT}
-    state = {key: value.half() if half else value for key, value in network.state_dict().items()}
+    state = {key: value.half() if half else value.float() for key, value in state.items()}
     checkpoint.save_weights(state, about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
 
