@@ -15,7 +15,7 @@ import numpy as np
 from dereflect.data.synthesis import Blend
 
 DISPLAY_GAMMA = 2.2
-SUM_SHARE = 0.35
+SUM_SHARE = 0.3
 """How often a mixture is CEILNet's clipped sum (Fan et al., ICCV 2017)."""
 
 _FEWEST_PIXELS = 200  # well exposed ones by which two exposures are compared
@@ -139,7 +139,7 @@ class Glass:
         return cls(
             behind=Exposure.draw(rng, (-0.9, 0.1), 0.05, 0.2) if rng.random() < 0.5 else Exposure(),
             mirrored=Exposure.draw(rng, (-0.2, 0.3), 0.15, 0.2) if rng.random() < 0.7 else Exposure(),
-            gamma=sometimes(0.7, DISPLAY_GAMMA, 1.0),
+            gamma=sometimes(0.95, DISPLAY_GAMMA, 1.0),
             lamps=sometimes(0.3, rng.uniform(1, 6), 0.0),
             darkening=sometimes(0.3, rng.uniform(1.3, 2), 1.0),
             sigma=0.0 if kind < 0.12 else sharp if kind < 0.4 else soft if kind < 0.85 else wide,
@@ -148,7 +148,7 @@ class Glass:
             ratio=float(np.exp(rng.uniform(np.log(0.12), np.log(1.2)))),
             veil=tuple(veil.tolist()) if rng.random() < 0.2 else (0.0, 0.0, 0.0),
             mask=Mask.draw(rng) if rng.random() < 0.5 else None,
-            alpha=sometimes(0.4, rng.uniform(0.85, 1), 1.0),
+            alpha=sometimes(0.75, rng.uniform(0.82, 1), 1.0),
         )
 
 
