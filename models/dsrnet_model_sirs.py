@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +61,29 @@ class DSRNetModel(nn.Module):
         self.compile(fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     @torch.no_grad()
-    def predict(self, mixture: Tensor, network: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(
+        self, mixture: Tensor, network: nn.Module | None = None, part: tuple[slice, slice] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Separate mixtures of any size: padded with their edge pixels to multiples of 16, and cropped back.
 
         Args:
             mixture: (B, 3, H, W) in [0, 1].
             network: the network to use instead of the model's own, such as a moving average.
+            part: rows and columns to separate, the rest is only for the features to see. They start at multiples of
+                32; H, W and where they stop are multiples of 16.
 
         Returns:
-            Transmission, reflection and residue, (B, 3, H, W) float32, not clipped.
+            Transmission, reflection and residue, (B, 3, H, W) float32, not clipped; of the part if there is one.
         """
         height, width = mixture.shape[-2:]
         mixture = F.pad(mixture, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
         mixture = mixture.contiguous(memory_format=torch.channels_last)
         with self._autocast(mixture):
-            outputs = (network or self.network)(mixture, self._features(mixture))
+            features = self._features(mixture)
+            if part:
+                features = features and [_part(f, mixture, part) for f in features]
+                mixture = mixture[(..., *part)].contiguous(memory_format=torch.channels_last)
+            outputs = (network or self.network)(mixture, features)
         return tuple(output.float()[..., :height, :width] for output in outputs)
 
     def _features(self, mixture: Tensor) -> list[Tensor] | None:
@@ -85,6 +94,15 @@ class DSRNetModel(nn.Module):
 
     def _autocast(self, mixture: Tensor) -> torch.autocast:
         return torch.autocast(mixture.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def _part(feature: Tensor, mixture: Tensor, part: tuple[slice, slice]) -> Tensor:
+    """The part of a map of the mixture's features, each of whose pixels stands for 1 to 32 of the mixture's."""
+    scales = (
+        2 ** round(math.log2(side / count)) for side, count in zip(mixture.shape[2:], feature.shape[2:], strict=True)
+    )
+    rows, columns = (slice(p.start // s, -(-p.stop // s)) for p, s in zip(part, scales, strict=True))
+    return feature[:, :, rows, columns].contiguous(memory_format=torch.channels_last)
 
 
 def build(options: argparse.Namespace, bf16: bool) -> DSRNetModel:

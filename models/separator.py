@@ -11,27 +11,26 @@ from torch import Tensor
 
 from dereflect.models import check_backends, hub, pictures, tiles
 from dereflect.models.arch import create_model, list_models
+from dereflect.models.arch.whole import TURNS, Place, Turn, Whole, turned
 from dereflect.models.dsrnet_model_sirs import DSRNetModel
 from dereflect.models.features import build_features
+from dereflect.models.memory import bytes_per_pixel
 from dereflect.models.pictures import Picture
 from dereflect.models.weights import architecture_of, load_weights
 from dereflect.options import PRETRAINED
-from dereflect.options.arguments import STRIDE, is_file
-from dereflect.util.device import available_memory, enough_memory, wants_bf16
+from dereflect.options.arguments import STRIDE, TILE_STRIDE, is_file
+from dereflect.util.device import enough_memory, total_memory, wants_bf16
 from dereflect.util.distributed import join
 from dereflect.util.errors import UserError
 from dereflect.util.run.checkpoint import FORMAT, load
 
 PARTS = ("transmission", "reflection", "residue")
 
-# Memory that a forward pass takes for every pixel, in bytes, in fp32 and in bf16, including freed memory that torch
-# keeps. Rounded up from measurements on a CPU (fp32: dsrnet_s 18,000, dsrnet_l 18,100; bf16: dsrnet_s 6,600, mdsrnet_s
-# 6,700, dsrnet_l 6,400).
-_BYTES_PER_PIXEL = (18_500, 7_000)
-_SHARE = 0.5  # of the free memory that is used
-_LEAST_TILE, _MOST_TILE = 128, 1024  # pixels; larger ones are no faster, and no closer to the crops of the training
+_SHARE = 0.5  # of the machine's memory that a forward pass may take
+_LEAST_TILE = 256  # pixels, whatever the memory
 _BEYOND = 0.5  # by which an image of floating point may leave 0..1, as one that was resized or sharpened does
-_USUAL_OVERLAP = 128  # pixels; with more, results come no closer to those of the whole image
+_USUAL_OVERLAP = 192  # pixels; with more, results come no closer to those of the whole image
+_MARGIN = 128  # pixels around a tile that only the features see
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,13 @@ class Separation:
 
 
 class Separator:
-    """Separates images of any size; an image larger than a tile in tiles that are blended (see `models.tiles`).
+    """Separates images of any size; what the memory is not enough for in tiles that are blended (see `models.tiles`).
 
     Args:
         model: with its trained weights, on the device where it runs.
-        tile: side of the tiles, a multiple of 16; None takes the largest for which the free memory is enough.
-        overlap: of neighbouring tiles, a multiple of 16 and at most half a tile; None takes 128, but not more
+        tile: side of the tiles, a multiple of 32, in which larger images are separated; None takes an image whole where
+            half of the device's memory is enough, and else tiles as large as that allows.
+        overlap: of neighbouring tiles, a multiple of 32 and at most half a tile; None takes 192, but not more
             than a quarter of a tile.
         self_ensemble: separate all eight flips and rotations of the image and take the mean.
         strength: how much of the reflection is removed, from 0 to 1: the transmission is I + strength * (T - I).
@@ -79,14 +79,14 @@ class Separator:
     ):
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        self.tile = tile or default_tile(model, self.device)
-        quarter = max(STRIDE, self.tile // 4 // STRIDE * STRIDE)
-        self.overlap = overlap or min(quarter, _USUAL_OVERLAP)
+        self.tile, self.overlap = tile, overlap
         self.self_ensemble, self.strength = self_ensemble, strength
         self.inet, self.epoch = inet, epoch
-        if self.tile % STRIDE or self.overlap % STRIDE or not 0 < 2 * self.overlap <= self.tile:
+        self._bytes_per_pixel: float | None = None
+        overlap_at_least = overlap or TILE_STRIDE
+        if (tile or 0) % TILE_STRIDE or overlap_at_least % TILE_STRIDE or (tile and 2 * overlap_at_least > tile):
             raise UserError(
-                f"--tile {self.tile} and --overlap {self.overlap}: must be multiples of {STRIDE}, "
+                f"--tile {tile} and --overlap {overlap}: must be multiples of {TILE_STRIDE}, "
                 "the tile at least twice the overlap"
             )
 
@@ -167,27 +167,94 @@ class Separator:
             As `models.tiles.blend`.
         """
         _check(image)
+        height, width = size = image.shape[:2]
+        tile = self.tile_for(height, width)
+        overlap = self.overlap_for(height, width)
+        tiled = max(size) > tile
+        if tiled:  # so that features and tiles fit, whichever way the image is turned
+            multiple = TILE_STRIDE if self.self_ensemble else STRIDE
+            image = np.pad(image, ((0, -height % multiple), (0, -width % multiple), (0, 0)), "edge")
+        turns = TURNS if self.self_ensemble else TURNS[:1]
+        wholes = [Whole() for _ in turns]
         indices = [PARTS.index(part) for part in wanted]
+        looked = 0
 
-        def separate_tile(tile: np.ndarray) -> list[np.ndarray]:
-            outputs = self._separate(_to_tensor(tile, self.device))
-            return [outputs[index][0].permute(1, 2, 0).cpu().numpy() for index in indices]
+        def look(place: Place, last: bool) -> None:
+            nonlocal looked
+            looked += last
+            for turn, whole in zip(turns, wholes, strict=True):
+                self._separate(image, place, turn, whole)
+                if last:
+                    whole.finish(looked == tiles.LOOKS)
 
-        return tiles.blend(image, separate_tile, self.tile, self.overlap, watch)
+        def separate_tile(place: Place) -> list[np.ndarray]:
+            sums = None
+            for turn, whole in zip(turns, wholes, strict=True):
+                outputs = self._separate(image, place, turn, whole if tiled else None)
+                sums = outputs if sums is None else [a + b for a, b in zip(sums, outputs, strict=True)]
+            return [(sums[index] / len(turns))[0].permute(1, 2, 0).cpu().numpy() for index in indices]
 
-    def _separate(self, image: Tensor) -> Sequence[Tensor]:
-        """(1, 3, H, W) -> the three parts, of the same shape."""
-        height, width = image.shape[-2:]
-        smaller = max(STRIDE, max(height, width) // 2 // STRIDE * STRIDE)
+        for top, bands in tiles.blend(image.shape[:2], separate_tile, tile, overlap, watch, look):
+            if top < height:
+                yield top, [band[: height - top, :width] for band in bands]
+
+    def tile_for(self, height: int, width: int) -> int:
+        """The side of the tiles in which an image of that size is separated; at least its longer side if it is whole.
+
+        Where no tile was asked for, that depends on the network and on how much memory the machine has in all, not
+        on what else is running, so that results don't either.
+        """
+        if self.tile:
+            return self.tile
+        whole = -(-max(height, width) // TILE_STRIDE) * TILE_STRIDE
+        if height * width <= _LEAST_TILE**2:
+            return whole
+        if self._bytes_per_pixel is None:
+            self._bytes_per_pixel = bytes_per_pixel(self.model)
+        pixels = _SHARE * total_memory(self.device) / self._bytes_per_pixel
+        if height * width <= pixels:
+            return whole
+        return max(math.isqrt(int(pixels)) // TILE_STRIDE * TILE_STRIDE, _LEAST_TILE)
+
+    def overlap_for(self, height: int, width: int) -> int:
+        """The overlap of those tiles."""
+        quarter = self.tile_for(height, width) // 4 // TILE_STRIDE * TILE_STRIDE
+        return self.overlap or min(max(TILE_STRIDE, quarter), _USUAL_OVERLAP)
+
+    def _separate(self, image: np.ndarray, place: Place, turn: Turn, whole: Whole | None) -> Sequence[Tensor]:
+        """The three parts of a tile, (1, 3, h, w), from the image turned and back.
+
+        Args:
+            image: as of `bands`.
+            place: of the tile.
+            turn: as of `whole.turned`.
+            whole: what is known of the image turned, None if the tile is all of it.
+        """
+        around = [side.widened(_MARGIN) for side in place] if whole else [slice(*side.span) for side in place]
+        height, width = (side.span[1] - side.span[0] for side in place)
+        smaller = max(2 * TILE_STRIDE, max(height, width) // 2 // TILE_STRIDE * TILE_STRIDE)
         with enough_memory(
             lambda: f"not enough memory to separate {width}x{height} pixels at once: use --tile {smaller} or less"
         ):
-            predict = self.predict_whole
-            return _mean_of_eight(image, predict) if self.self_ensemble else predict(image)
+            pixels = _turned(_to_tensor(image[tuple(around)], self.device), turn)
+            if whole is None:
+                outputs = self.predict_whole(pixels)
+            else:
+                place = turned(place, *turn)
+                part = tuple(side.within(_MARGIN) for side in place)
+                with whole.tile(place):
+                    outputs = self.predict_whole(pixels, part)
+            return [_turned_back(output, turn) for output in outputs]
 
-    def predict_whole(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Separate (B, 3, H, W) in 0..1, on the separator's device, without tiles, at its strength."""
-        transmission, *rest = self.model.predict(images)
+    def predict_whole(self, images: Tensor, part: tuple[slice, slice] | None = None) -> tuple[Tensor, ...]:
+        """Separate (B, 3, H, W) in 0..1, on the separator's device, without tiles, at its strength.
+
+        Args:
+            images: the images.
+            part: as of `DSRNetModel.predict`.
+        """
+        transmission, *rest = self.model.predict(images, part=part)
+        images = images[(..., *part)] if part else images
         return images + self.strength * (transmission - images) if self.strength < 1 else transmission, *rest
 
 
@@ -268,13 +335,6 @@ def _find(checkpoint: str | Path | None) -> Path:
     raise UserError(f"{name}: there is no such file, and no bundled network of that name but {', '.join(bundled)}")
 
 
-def default_tile(model: DSRNetModel, device: torch.device) -> int:
-    """The side of the largest square for which half of the device's free memory is enough, within fixed limits."""
-    pixels = _SHARE * available_memory(device) / _BYTES_PER_PIXEL[model.bf16]
-    side = int(math.sqrt(max(pixels, 0))) // STRIDE * STRIDE
-    return min(max(side, _LEAST_TILE), _MOST_TILE)
-
-
 def _trained_with(weights: str, checkpoint: str | Path) -> str:
     """The VGG19 weights that a checkpoint was trained with; a UserError if that file is missing."""
     if weights not in ("imagenet", "random") and not (isinstance(weights, str) and Path(weights).is_file()):
@@ -305,13 +365,12 @@ def _to_tensor(image: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
 
 
-def _mean_of_eight(image: Tensor, predict: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """The mean over all flips and rotations of the image, each turned back."""
-    sums: list[Tensor] = []
-    for turns in range(4):
-        for flipped in (False, True):
-            turned = torch.rot90(image, turns, (2, 3))
-            outputs = predict(turned.flip(3) if flipped else turned)
-            upright = [torch.rot90(x.flip(3) if flipped else x, -turns, (2, 3)) for x in outputs]
-            sums = [total + x for total, x in zip(sums, upright, strict=True)] if sums else upright
-    return [total / 8 for total in sums]
+def _turned(x: Tensor, turn: Turn) -> Tensor:
+    turns, flipped = turn
+    x = torch.rot90(x, turns, (2, 3))
+    return x.flip(3) if flipped else x
+
+
+def _turned_back(x: Tensor, turn: Turn) -> Tensor:
+    turns, flipped = turn
+    return torch.rot90(x.flip(3) if flipped else x, -turns, (2, 3))

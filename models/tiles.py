@@ -1,21 +1,22 @@
 """A large image in overlapping tiles, and the tiles' results joined without seams.
 
-Along each side there are as few tiles as possible, of nearly equal length. All start at multiples of `STRIDE`, where
-the network's coarsest pixels start, too. Where two tiles overlap, one fades into the other along half a cosine in the
-middle of the overlap: predictions near a tile's border, which lack context, get weight 0. The weights of all tiles
-sum to 1 everywhere.
+Along each side there are as few tiles as possible, of nearly equal length. All start at multiples of 32, where the
+coarsest pixels of the networks' features start, too. Where two tiles overlap, one fades into the other along half a
+cosine in the middle of the overlap: predictions near a tile's border, which lack context, get weight 0. The weights of
+all tiles sum to 1 everywhere. What layers find in the whole image is gathered first (see `models.arch.whole`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise, product
 
 import numpy as np
 
-from dereflect.options.arguments import STRIDE
+from dereflect.models.arch.whole import Place, Side, Span
+from dereflect.options.arguments import TILE_STRIDE
 
 _FADING = 0.75  # share of the overlap, in its middle, in which one tile fades into the next
-
-Span = tuple[int, int]
-"""Where a tile starts and ends along one side of the image."""
+LOOKS = 2
+_LOOKING_OVERLAP = TILE_STRIDE  # of the tiles in which layers look for what is in the whole image
 
 
 def spans(length: int, tile: int, overlap: int) -> list[Span]:
@@ -23,7 +24,7 @@ def spans(length: int, tile: int, overlap: int) -> list[Span]:
 
     Args:
         length: of the side, at least 1.
-        tile, overlap: multiples of STRIDE, the tile at least twice the overlap.
+        tile, overlap: multiples of 32, the tile at least twice the overlap.
     """
     if length <= tile:
         return [(0, length)]
@@ -46,44 +47,60 @@ def weights(tiles: Sequence[Span]) -> list[np.ndarray]:
 
 
 def blend(
-    image: np.ndarray,
-    separate: Callable[[np.ndarray], Sequence[np.ndarray]],
+    size: tuple[int, int],
+    separate: Callable[[Place], Sequence[np.ndarray]],
     tile: int,
     overlap: int,
     watch: Callable[[Iterable, int], Iterable] = lambda places, total: places,
+    look: Callable[[Place, bool], None] | None = None,
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Compute an image's results tile by tile; yield them in bands of whole rows, from top to bottom.
 
-    Only one band of each result, as many rows as a tile has, is in memory beside the image.
+    Only one band of each result, as many rows as a tile has, is in memory.
 
     Args:
-        image: (H, W, ...), of any type.
-        separate: a tile (h, w, ...) -> the results, (h, w, C) each, the same number of them for every tile.
+        size: height and width of the image.
+        separate: a tile's place -> its results, (h, w, C) each, the same number of them for every tile.
         tile, overlap: as of `spans`.
         watch: called with the tiles and their number, returns an iterable of the tiles that shows progress.
+        look: called `LOOKS` times with the place of each of several tiles that overlap less, and with whether it is the
+            last of them, before `separate` is called.
 
     Yields:
         The band's first row, and the band of each result, float32 (rows, W, C), valid until the next band.
     """
-    height, width = image.shape[:2]
-    down, across = spans(height, tile, overlap), spans(width, tile, overlap)
-    down_weights, across_weights = weights(down), weights(across)
-    places = [(row, column) for row in range(len(down)) for column in range(len(across))]
+    height, width = size
+    down, across = (_sides(length, tile, overlap) for length in size)
+    down_weights, across_weights = (weights([side.span for side in sides]) for sides in (down, across))
+    places = list(product(down, across))
+    looks = list(product(*(_sides(length, tile, _LOOKING_OVERLAP) for length in size))) if look and places[1:] else []
+    coming = iter(watch([*looks * LOOKS, *places], len(looks) * LOOKS + len(places)))
+    for number, place in enumerate(islice(coming, len(looks) * LOOKS), 1):
+        look(place, number % len(looks) == 0)
     bands: list[np.ndarray] = []
-    for row, column in watch(places, len(places)):
-        (top, bottom), (left, right) = down[row], across[column]
-        results = separate(image[top:bottom, left:right])
+    for number, place in enumerate(coming):
+        row, column = divmod(number, len(across))
+        (top, bottom), (left, right) = (side.span for side in place)
+        results = separate(place)
         if not bands:
             bands = [np.zeros((bottom - top, width, result.shape[2]), np.float32) for result in results]
         weight = down_weights[row][:, None, None] * across_weights[column][None, :, None]
         for band, result in zip(bands, results, strict=True):
             band[: bottom - top, left:right] += weight * result
         if column == len(across) - 1:
-            finished = (down[row + 1][0] if row + 1 < len(down) else height) - top
+            finished = (down[row + 1].span[0] if row + 1 < len(down) else height) - top
             yield top, [band[:finished] for band in bands]
             for band in bands:
                 band[: len(band) - finished] = band[finished:]
                 band[len(band) - finished :] = 0
+
+
+def _sides(length: int, tile: int, overlap: int) -> list[Side]:
+    """The tiles along one side; their cores meet in the middle of the overlaps."""
+    tiles = spans(length, tile, overlap)
+    middles = [_aligned((start + end) / 2 - TILE_STRIDE / 2) for (_, end), (start, _) in pairwise(tiles)]
+    cuts = [0, *middles, length]
+    return [Side(span, core, length) for span, core in zip(tiles, pairwise(cuts), strict=True)]
 
 
 def _fade(length: int, start: int, end: int) -> np.ndarray:
@@ -93,5 +110,5 @@ def _fade(length: int, start: int, end: int) -> np.ndarray:
 
 
 def _aligned(value: float) -> int:
-    """The next multiple of STRIDE."""
-    return int(-(-value // STRIDE)) * STRIDE
+    """The next multiple of 32."""
+    return int(-(-value // TILE_STRIDE)) * TILE_STRIDE

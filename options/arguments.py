@@ -14,7 +14,9 @@ from dereflect.options.parser import FROM, HOW, START, WHAT, WHERE, Parser, Role
 
 ROOT = Path(__file__).resolve().parent.parent
 STRIDE = 16
-"""Sides of crops, tiles and overlaps are multiples of it, as the networks' input is."""
+"""Sides of crops are multiples of it, as the networks' input is."""
+TILE_STRIDE = 32
+"""Sides of tiles and overlaps are multiples of it, as many pixels of the image as the coarsest features' stand for."""
 
 _MOST = 2**63 - 1  # that PyTorch takes as a seed or a size
 _MOST_PIXELS = 2**20  # of a side
@@ -64,6 +66,14 @@ def sixteens(text: str) -> int:
     value = positive_int(text)
     if value % STRIDE:
         raise argparse.ArgumentTypeError(f"{text} is not a multiple of {STRIDE}")
+    return value
+
+
+def thirtytwos(text: str) -> int:
+    """argparse type: a positive multiple of TILE_STRIDE, which is 32."""
+    value = positive_int(text)
+    if value % TILE_STRIDE:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {TILE_STRIDE}")
     return value
 
 
@@ -234,12 +244,12 @@ def add_weights(parser: Parser) -> argparse._ArgumentGroup:
 def add_tiles(parser: Parser) -> argparse._ArgumentGroup:
     """How images that are too large for the memory are separated; returns the group, to which a program may add."""
     group = parser.add_argument_group("separation")
-    group.add_argument("--tile", type=sixteens, metavar="PIXELS",
-                       help="larger photographs are separated in tiles of this side, a multiple of 16 "
-                            "(default: what half of the free memory is enough for, 1024 at most)")  # fmt: skip
-    group.add_argument("--overlap", type=sixteens, metavar="PIXELS",
-                       help="overlap of neighbouring tiles, at most half a tile "
-                            "(default: 128 or a quarter of a tile)")  # fmt: skip
+    group.add_argument("--tile", type=thirtytwos, metavar="PIXELS",
+                       help="larger photographs are separated in tiles of this side, a multiple of 32 (default: whole "
+                            "where half of the machine's memory is enough, else as large as it allows)")  # fmt: skip
+    group.add_argument("--overlap", type=thirtytwos, metavar="PIXELS",
+                       help="overlap of neighbouring tiles, a multiple of 32, at most half a tile "
+                            "(default: 192 or a quarter of a tile)")  # fmt: skip
     group.add_argument("--strength", type=share, default=1.0, metavar="S",
                        help="how much of the reflection is removed, from 0 to 1: I + S (T - I)")  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true",

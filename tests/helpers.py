@@ -248,7 +248,8 @@ class Local(nn.Module):
         self.seen: list[tuple[int, int]] = []
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, ...]:
+    def predict(self, image: Tensor, part: tuple[slice, slice] | None = None) -> tuple[Tensor, ...]:
+        image = image[(..., *part)] if part else image
         self.seen.append(tuple(image.shape[2:]))
         padded = F.pad(image, (2, 2, 2, 2), mode="replicate")
         return F.conv2d(padded, self.kernel, groups=3), image, image / 4

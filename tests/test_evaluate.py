@@ -104,11 +104,11 @@ def test_results_in_words(published, finished):
 
 
 def test_native_protocol_measures_what_is_saved(small, finished, tmp_path, monkeypatch, capsys):
-    assert run(small, finished, "-o", tmp_path, "--protocol", "native", "--tile", "48", "--overlap", "16") == 0
+    assert run(small, finished, "-o", tmp_path, "--protocol", "native", "--tile", "64", "--overlap", "32") == 0
     assert "the published figures were measured by --protocol published" in capsys.readouterr().out
     folder = small / "test/demo_clip"
     arguments = [folder / "blended", "-o", tmp_path / "t", "--checkpoint", finished / "last.pt", "--gpu_ids", "-1"]
-    assert infer.main([str(word) for word in [*arguments, "--tile", "48", "--overlap", "16"]]) == 0
+    assert infer.main([str(word) for word in [*arguments, "--tile", "64", "--overlap", "32"]]) == 0
     images = [row for row in rows_of(tmp_path / "per_image.csv") if row["set"] == "demo_clip"]
     assert [row["name"] for row in images] == ["00", "01"]
     for row in images:

@@ -120,9 +120,9 @@ def test_heic_without_its_reader_is_told(tmp_path, stand_in, monkeypatch, capsys
 @pytest.mark.parametrize("form", ["png", "tiff"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_sixteen_bits_stay(tmp_path, stand_in, source, form, channels):
-    deep = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH, channels), dtype=np.uint16)
+    deep = np.random.default_rng(0).integers(0, 2**16, (2 * HEIGHT, 2 * WIDTH, channels), dtype=np.uint16)
     assert cv2.imwrite(str(tmp_path / f"a.{source}"), deep.squeeze())
-    assert run(tmp_path, tmp_path / f"a.{source}", "--format", form, "--tile", 32) == 0
+    assert run(tmp_path, tmp_path / f"a.{source}", "--format", form, "--tile", 64) == 0
     made = cv2.imread(str(tmp_path / f"a_behind_glass{infer_suffix(source, form)}"), cv2.IMREAD_UNCHANGED)
     assert made.dtype == np.uint16
     expected = np.repeat(deep, 3, 2) if channels == 1 else deep
@@ -331,10 +331,10 @@ def test_help_and_errors_are_quick():
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--tile", "100"], "multiple of 16"),
+        (["--tile", "100"], "multiple of 32"),
         (["--tile", "0"], "at least 1"),
         (["--overlap", "32"], "needs a --tile of at least 64"),
-        (["--tile", "64", "--overlap", "48"], "needs a --tile of at least 96"),
+        (["--tile", "96", "--overlap", "64"], "needs a --tile of at least 128"),
         (["--vgg_weights", "nowhere.pth"], "nowhere.pth"),
         (["--save", "x"], "--save"),
         (["--overwrite", "--resume"], "--resume"),

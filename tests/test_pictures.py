@@ -25,7 +25,7 @@ class Darker(Local):
     """T is half of the image."""
 
     @torch.no_grad()
-    def predict(self, image):
+    def predict(self, image, part=None):
         return image / 2, image, image
 
 

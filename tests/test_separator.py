@@ -12,20 +12,27 @@ from torch import Tensor
 from dereflect.models import separator as separators
 from dereflect.models import tiles, weights
 from dereflect.models.arch import create_model, list_models
+from dereflect.models.dsrnet_model_sirs import DSRNetModel
+from dereflect.models.features import build_features
+from dereflect.models.memory import bytes_per_pixel
 from dereflect.models.scan import why_refused
 from dereflect.models.separator import Separator, load_separator
 from dereflect.models.weights import architecture_of
 from dereflect.options import PRETRAINED
-from dereflect.options.arguments import STRIDE
+from dereflect.options.arguments import TILE_STRIDE
+from dereflect.tools.inspection import field, seams
 from dereflect.util.errors import UserError
 from tests.helpers import GOLDEN, Local, published_state
+
+BOUND = 18  # levels of 255, between tiles of 256 pixels and the whole image
 
 
 class Drifting(Local):
     """Every call's result is brighter than the last one's, as a network's is that looks at the whole tile."""
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, ...]:
+    def predict(self, image: Tensor, part: tuple[slice, slice] | None = None) -> tuple[Tensor, ...]:
+        image = image[(..., *part)] if part else image
         self.seen.append(tuple(image.shape[2:]))
         return (torch.full_like(image, float(len(self.seen) % 2)),) * 3
 
@@ -51,12 +58,12 @@ def real(trained) -> Separator:
 # ---- tiles ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tile", "overlap"), [(32, 16), (64, 16), (96, 48), (1024, 256)])
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 32), (96, 32), (128, 64), (1024, 256)])
 def test_tiles_cover_everything_and_their_weights_sum_to_one(tile, overlap):
     for length in [*range(1, 400), 1025, 9000, 12000]:
         spans = tiles.spans(length, tile, overlap)
         assert spans[0][0] == 0 and spans[-1][1] == length
-        assert all(end - start <= tile and start % STRIDE == 0 for start, end in spans)
+        assert all(end - start <= tile and start % TILE_STRIDE == 0 for start, end in spans)
         assert all(end - following >= min(overlap, tile) for (_, end), (following, _) in pairwise(spans))
         total = np.zeros(length)
         for (start, end), weight in zip(spans, tiles.weights(spans), strict=True):
@@ -92,7 +99,7 @@ def test_memory_is_a_band_of_tiles_whatever_the_height():
     image = np.broadcast_to(np.uint8(100), (3000, 80, 3))
     model = Local()
     shapes = []
-    for _, (band,) in Separator(model, tile=64, overlap=16).bands(image, ["reflection"]):
+    for _, (band,) in Separator(model, tile=64, overlap=32).bands(image, ["reflection"]):
         shapes.append(band.base.shape)
     assert len(shapes) > 50 and set(shapes) == {(64, 80, 3)}, "one band is held, of the wanted part only"
     assert max(max(size) for size in model.seen) <= 64
@@ -121,24 +128,60 @@ def test_floats_that_are_not_in_0_to_1_are_refused(pixels, dtype, change):
         Separator(Local(), tile=64).separate(change(image))
 
 
-def test_tiles_are_as_large_as_the_memory_allows(real, monkeypatch):
-    def tile(memory: int) -> int:
-        monkeypatch.setattr(separators, "available_memory", lambda device: memory)
-        return separators.default_tile(real.model, torch.device("cpu"))
+def test_an_image_is_taken_whole_where_the_machine_has_the_memory_else_in_tiles_as_large_as_it_allows(monkeypatch):
+    separator = Separator(Local())
+    monkeypatch.setattr(separators, "bytes_per_pixel", lambda model: 1000)
 
-    sides = [tile(gigabytes * 2**30) for gigabytes in (0, 4, 16, 400)]
-    assert sides == sorted(sides) and sides[0] == 128 and sides[1] < sides[2] < sides[3] == 1024
-    assert all(side % 16 == 0 for side in sides)
+    def tile(memory: float) -> int:
+        monkeypatch.setattr(separators, "total_memory", lambda device: memory)
+        return separator.tile_for(900, 1000)
+
+    sides = [tile(gigabytes * 1e9) for gigabytes in (0, 0.5, 1.5, 1.9, 400)]
+    assert sides == [256, 480, 864, 1024, 1024], "half of the memory"
+    assert separator.tile_for(100, 200) == 224, "whole, whatever the memory"
+
+
+def test_memory_is_measured_for_each_network():
+    small, large = (
+        DSRNetModel(create_model(name), build_features(create_model(name).features, "random"), None)
+        for name in ("madsrnet_xs", "dsrnet_s")
+    )
+    assert 300 < bytes_per_pixel(small) < 3000 < bytes_per_pixel(large) < 40_000
+
+
+@pytest.mark.parametrize("size", [(416, 512), (389, 530)])
+def test_tiles_of_a_network_know_the_whole_image(size):
+    """Convolutions reach farther than the overlap, so some difference stays; tiles by themselves differ by more."""
+    alone, together = compared(load_separator(PRETRAINED, gpu_ids=[], precision="fp32"), size, 256, 128)
+    for apart, near in zip(alone, together, strict=True):
+        assert near.largest < BOUND and near.mean < BOUND / 12, (apart, near)
+        assert near.mean < apart.mean / 3, (apart, near)
+
+
+@pytest.mark.parametrize("name", ["dsrnet_xs", "mdsrnet_xs"])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_tiles_of_any_network_are_nearer_to_the_whole_than_by_themselves(name, ensemble):
+    network = field.prepared(name, None, 0.5)
+    model = DSRNetModel(network, build_features(network.features, "random"), None)
+    alone, together = compared(Separator(model, self_ensemble=ensemble), (192, 160), 128, 64)
+    for apart, near in zip(alone, together, strict=True):
+        assert near.mean < apart.mean, (apart, near)
+
+
+def compared(separator: Separator, size: tuple[int, int], tile: int, overlap: int) -> list[list[seams.Difference]]:
+    image = seams.example()[200 : 200 + size[0], 300 : 300 + size[1]]
+    found = seams.differences(Separator(separator.model, tile, overlap, separator.self_ensemble), image)
+    return [found[way] for way in seams.WAYS]
 
 
 def test_memory_that_runs_out_is_told(monkeypatch):
-    def fail(image):
+    def fail(image, part=None):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = Local()
     monkeypatch.setattr(model, "predict", fail)
-    with pytest.raises(UserError, match="--tile 32 or less"):
-        Separator(model, tile=64).separate(np.zeros((64, 64, 3)))
+    with pytest.raises(UserError, match="--tile 64 or less"):
+        Separator(model, tile=128).separate(np.zeros((128, 128, 3)))
 
 
 # ---- networks ---------------------------------------------------------------------------------------------------

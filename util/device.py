@@ -118,6 +118,14 @@ def available_memory(device: torch.device) -> int:
     return min([_free_on_machine(), *(limit - used for limit, used in map(_read_numbers, _LIMITS) if limit)])
 
 
+def total_memory(device: torch.device) -> int:
+    """Memory in bytes, free or not: of the GPU, or of the machine within the limit that a container may set."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit, _ in map(_read_numbers, _LIMITS) if limit)])
+
+
 @contextlib.contextmanager
 def enough_memory(remedy: Callable[[], str]) -> Iterator[None]:
     """Turn an out-of-memory error in the block, of a GPU or of the machine, into a UserError.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dereflect.models.arch import whole
 from dereflect.models.arch.fused import Gate, expand_and_gate, gate_project_add, norm_project, residual_step
 from dereflect.models.arch.mamba import ImageMamba, Order
 
@@ -166,10 +167,11 @@ class MambaAttention(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         small = F.avg_pool2d(v, self.pool) if self.pool > 1 else v
-        places = self.widen(self.mamba(self.narrow(small)))
+        places = self.widen(whole.look(self.narrow(small), self.mamba))
         if self.pool > 1:
             places = F.interpolate(places, scale_factor=self.pool, mode="bilinear", align_corners=False)
-        return v * (places + self.weigh(small.mean((2, 3), keepdim=True)))
+        mean = whole.mean(small.permute(0, 2, 3, 1), small.mean((2, 3)))  # (2B, C)
+        return v * (places + self.weigh(mean[:, :, None, None]))
 
 
 class MuGIMA(MuGI):

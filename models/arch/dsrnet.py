@@ -15,6 +15,7 @@ from dereflect.models.arch.blocks import NAF, Block, MuGI
 from dereflect.models.arch.fused import Conv1x1
 from dereflect.models.arch.head import ColourHead, DetailHead
 from dereflect.models.arch.lrm import LearnableResidue
+from dereflect.models.arch.whole import stretch
 from dereflect.models.features import CHANNELS, Kind
 from dereflect.options.arguments import STRIDE
 
@@ -78,7 +79,7 @@ class Pyramid(nn.Module):
         """(B, colours, H, W) and v1, v2, ... to (2B, width, H, W); v1 may be smaller than the image."""
         laterals = [block(_both(v)) for block, v in zip(self.lateral, features, strict=True)]
         size = features[-2].shape[-2:]  # twice that of the last, or one less
-        f = F.interpolate(laterals[-1], size, mode="bilinear", align_corners=True)
+        f = stretch(laterals[-1], size)
         for level in range(len(laterals) - 2, 0, -1):
             f = self.fuse[level](torch.cat([f, laterals[level]], dim=1))
             f = self.refine[level](F.pixel_shuffle(f, 2))

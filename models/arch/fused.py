@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dereflect.models import passes
-from dereflect.models.arch import step
+from dereflect.models.arch import step, whole
 
 Gate = Literal["none", "self", "mutual"]
 
@@ -129,7 +129,7 @@ def gate_project_add(
         _, squeeze_weight, squeeze_bias = _cast(d, attention.weight.flatten(1), attention.bias)
     n, _, h, w = d.shape
     weights = weight.flatten(1), bias, scale, squeeze_weight, squeeze_bias
-    rows = _apply(_GateProjectAdd, _rows(d), _rows(residual), *weights, gate, n)
+    rows = _apply(_GateProjectAdd, _rows(d), _rows(residual), *weights, gate, (n, h, w))
     return rows.view(n, h, w, -1).permute(0, 3, 1, 2)
 
 
@@ -259,13 +259,14 @@ class _GateProjectAdd(Function):
     """
 
     @staticmethod
-    def forward(ctx, d, residual, weight, bias, scale, squeeze_weight, squeeze_bias, gate, n):
+    def forward(ctx, d, residual, weight, bias, scale, squeeze_weight, squeeze_bias, gate, shape):
         with torch.autocast(d.device.type, enabled=False):
             g = p = _gate_forward(d, gate)
-            s = None
+            s, n = None, shape[0]
             if squeeze_weight is not None:
                 images = g.view(n, -1, g.shape[1])
-                s = F.linear(images.mean(1), squeeze_weight, squeeze_bias)
+                means = whole.mean(g.view(*shape, -1), images.mean(1))
+                s = F.linear(means, squeeze_weight, squeeze_bias)
                 p = (images * s[:, None]).view_as(g)
             ctx.save_for_backward(d, s, weight, bias, scale, squeeze_weight)
             ctx.gate, ctx.n = gate, n

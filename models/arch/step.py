@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dereflect.models import passes
+from dereflect.models.arch import whole
 
 FEW_PIXELS = 4096  # of an image, under which one batched product is faster than a product for each image
 
@@ -206,7 +207,8 @@ def _project(x: Tensor, gated: _Gated, projection: Projection, how: How) -> tupl
     g, s = gated.g, None
     with torch.autocast("cpu", enabled=False):
         if projection.attention is not None:
-            s = F.linear(gated.means, projection.attention, projection.attention_bias)
+            means = whole.mean(g.view(*how.shape, -1), gated.means)
+            s = F.linear(means, projection.attention, projection.attention_bias)
         if how.folds(s):
             folded = _folded_projection(projection, s).to(x.dtype)
         else:
