@@ -74,7 +74,7 @@ def app(path: Path, scratch: Path) -> None:
 def report(path: Path, scratch: Path) -> None:
     """The upper end of the demo run's report."""
     file = scratch / "report.html"
-    _run("tools/report.py", trained(scratch), "-o", file)
+    _run("tools/report.py", trained(scratch), "-o", file, folder=scratch)
     with browser(file.as_uri(), scratch) as page:
         page.driver.get(page.url)
         page.until(lambda: page.do("return [...document.querySelectorAll('img[src]')].length > 5"), "the pictures")
