@@ -335,7 +335,7 @@ def test_infer_separates_what_it_can(tmp_path, monkeypatch, capsys):
     folder.mkdir()
     names = spoil(tmp_path, "photographs")
     (folder / "good.png").write_bytes(picture("PNG"))
-    monkeypatch.setattr(infer, "_load", lambda options: Separator(Local(), 32, 16))
+    monkeypatch.setattr(infer, "_load", lambda options: Separator(Local(), 64, 32))
     (tmp_path / "weights.pt").touch()
     line = ["--checkpoint", str(tmp_path / "weights.pt"), "-o", str(tmp_path / "made"), str(folder)]
     assert infer.main(line) == 1
