@@ -296,6 +296,13 @@ RUNS = st.tuples(LINES, st.one_of(YAML, YAML.map(HEAD.__add__)), st.binary(max_s
 FILES = ("metrics.jsonl", "options.yaml", "events.out.tfevents.1", "starts.jsonl")
 
 
+@pytest.mark.parametrize("wrong", [{"step": False}, {"epoch": True}, {"count": True}, {"PSNR": False}])
+def test_a_bool_is_no_number_of_a_line(wrong, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE) + "\n" + json.dumps(LINE | wrong) + "\n")
+    assert len(read_metrics(tmp_path)) == 1
+    Record(tmp_path, parse_train(["--base_dir", "."]), 2, 0).close()
+
+
 @pytest.mark.parametrize("cases", MANY)
 def test_any_run(cases, tmp_path, capsys):
     folder = tmp_path / "runs/a"

@@ -233,7 +233,7 @@ def _is_whole(line: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**63
+    return type(value) is int and 0 <= value < 2**63  # a bool is no count
 
 
 def _is_word(value: object) -> bool:
@@ -241,7 +241,7 @@ def _is_word(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 _LINE_CHECKS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
