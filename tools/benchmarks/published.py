@@ -1,8 +1,8 @@
 """Networks and training samples of the published code, out of a clone of a DSRNet or MDSRNet repository.
 
-Its packages have names such as `models`, as ours once had, and are imported for a moment only. On a CPU its `.cuda()`
-calls do nothing. Where the package mamba_ssm isn't installed, a stand-in has its reference scan: the plain recurrence.
-What else it imports and never calls has stand-ins, too.
+Its packages have names such as `models` that may be others' too, and are imported for a moment only. On a CPU its
+`.cuda()` calls do nothing. Where the package mamba_ssm isn't installed, a stand-in has its reference scan: the plain
+recurrence. What else it imports and never calls has stand-ins, too.
 """
 
 import contextlib

@@ -73,7 +73,7 @@ class Run:
     def epochs_done(self) -> int:
         """How many epochs are done; without held-out pairs and test sets none of them is evaluated."""
         count = self.starts[-1].get("epochs") if self.starts else None
-        return max([count if _is_count(count) else 0, *self.epochs[-1:]])
+        return max([count if is_count(count) else 0, *self.epochs[-1:]])
 
     @property
     def epochs_wanted(self) -> int | None:
@@ -232,8 +232,9 @@ def _is_whole(line: object) -> bool:
     return isinstance(line, dict) and all(check(line.get(key)) for key, check in _LINE_CHECKS.items())
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63  # a bool is no count
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0 that fits into 64 bits; a bool is none."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_word(value: object) -> bool:
@@ -244,7 +245,7 @@ def _is_number(value: object) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-_LINE_CHECKS = dict.fromkeys(("epoch", "step", "count"), _is_count) | dict.fromkeys(("set", "estimate"), _is_word)
+_LINE_CHECKS = dict.fromkeys(("epoch", "step", "count"), is_count) | dict.fromkeys(("set", "estimate"), _is_word)
 _LINE_CHECKS |= dict.fromkeys(METRICS, _is_number)
 
 

@@ -15,6 +15,7 @@ from dereflect.options.arguments import roles
 from dereflect.options.parser import START, WHAT
 from dereflect.util.errors import UserError
 from dereflect.util.run import checkpoint
+from dereflect.util.run.reader import is_count
 from dereflect.util.stability import Guard
 
 TEST = "test set "
@@ -128,10 +129,6 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _are_random(value: Tensor | None) -> bool:
     """Whether these are a state of torch's random numbers."""
     try:
@@ -150,7 +147,7 @@ def _are_options(value: dict) -> bool:
     known = all(isinstance(key, str) for key in value)
     counts = (value.get(name, 1) for name in ("batchSize", "accumulate"))
     values = (all(map(plain, part)) if isinstance(part, list) else plain(part) for part in value.values())
-    return known and all(values) and all(_is_count(count) for count in counts)
+    return known and all(values) and all(is_count(count) for count in counts)
 
 
 def _are_files(value: object) -> bool:
@@ -158,7 +155,7 @@ def _are_files(value: object) -> bool:
     return value is None or (
         isinstance(value, dict)
         and all(isinstance(name, str) and isinstance(found, dict) for name, found in value.items())
-        and all(_is_count(found.get("files")) and isinstance(found.get("hash"), str) for found in value.values())
+        and all(is_count(found.get("files")) and isinstance(found.get("hash"), str) for found in value.values())
     )
 
 
@@ -176,19 +173,19 @@ def _is_guard(value: object) -> bool:
     if not isinstance(value, dict) or set(value) != set(Guard().state()):
         return False
     counts = [value["seen"], value["returns"]]
-    if not isinstance(value["skipped"], list) or not all(map(_is_count, [*counts, *value["skipped"]])):
+    if not isinstance(value["skipped"], list) or not all(map(is_count, [*counts, *value["skipped"]])):
         return False
     numbers = all(_is_finite(value[name]) for name in ("mean", "square", "rate"))
     return numbers and value["square"] >= 0 and 0 < value["rate"] <= 1
 
 
-_STATE_CHECKS = dict.fromkeys(("epoch", "step", "global_step", "ema_updates"), _is_count)
+_STATE_CHECKS = dict.fromkeys(("epoch", "step", "global_step", "ema_updates"), is_count)
 _STATE_CHECKS |= {"best": lambda best: best is None or not math.isnan(best), "random": _are_random}
 _STATE_CHECKS |= {
     "random_cuda": lambda state: state is None or (isinstance(state, Tensor) and state.dtype == torch.uint8)
 }
 _STATE_CHECKS |= {"options": _are_options, "data": _are_files, "code": _are_hashes, "guard": _is_guard}
-_STATE_CHECKS |= {"samples_per_step": lambda count: count is None or (_is_count(count) and count > 0)}
+_STATE_CHECKS |= {"samples_per_step": lambda count: count is None or (is_count(count) and count > 0)}
 
 
 def check_continuable(before: dict, now: dict) -> list[str]:
