@@ -6,7 +6,7 @@ confined to a part of the picture. Its strength is drawn as a ratio of the layer
 other by accident.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
@@ -25,10 +25,16 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Exposure:
-    """How a camera takes a layer: display values times `gain` per channel, clipped, to the power `contrast`."""
+    """How a camera takes a layer: display values times `gain` per channel, clipped, to the power `contrast`.
+
+    What is 0 then becomes `black` and what is 1 becomes `white`, as in haze or on a print: a scene that has no black
+    must not be taken for a veil.
+    """
 
     gain: Colour = (1.0, 1.0, 1.0)
     contrast: float = 1.0
+    black: Colour = (0.0, 0.0, 0.0)
+    white: float = 1.0
 
     @classmethod
     def draw(cls, rng: np.random.Generator, stops: tuple[float, float], balance: float, contrast: float) -> "Exposure":
@@ -36,11 +42,18 @@ class Exposure:
         gain = np.exp(rng.uniform(*stops)) * np.exp(rng.normal(0, balance, 3))
         return cls(tuple(gain.tolist()), float(np.exp(rng.uniform(-contrast, contrast))))
 
+    def faded(self, rng: np.random.Generator) -> "Exposure":
+        """The same with a black of U(0.03, 0.28) times exp(N(0, 0.15)) per channel, and a white of U(0.75, 1)."""
+        black = np.clip(rng.uniform(0.03, 0.28) * np.exp(rng.normal(0, 0.15, 3)), 0, 0.35)
+        return replace(self, black=tuple(black.tolist()), white=float(rng.uniform(0.75, 1)))
+
     def apply(self, layer: np.ndarray) -> np.ndarray:
         """float32 (H, W, 3) in 0..1 -> the same."""
         if self == Exposure():
             return layer
-        return np.clip(layer * np.float32(self.gain), 0, 1) ** np.float32(self.contrast)
+        layer = np.clip(layer * np.float32(self.gain), 0, 1) ** np.float32(self.contrast)
+        black = np.float32(self.black)
+        return black + (np.float32(self.white) - black) * layer
 
 
 @dataclass(frozen=True)
@@ -136,8 +149,9 @@ class Glass:
         kind = rng.random()
         sharp, soft, wide = rng.uniform(0.3, 2), rng.uniform(2, 6), rng.uniform(6, 20)
         veil = rng.uniform(0.02, 0.15) * np.exp(rng.normal(0, 0.15, 3))
+        behind = Exposure.draw(rng, (-0.9, 0.1), 0.05, 0.2) if rng.random() < 0.5 else Exposure()
         return cls(
-            behind=Exposure.draw(rng, (-0.9, 0.1), 0.05, 0.2) if rng.random() < 0.5 else Exposure(),
+            behind=behind.faded(rng) if rng.random() < 0.35 else behind,
             mirrored=Exposure.draw(rng, (-0.2, 0.3), 0.15, 0.2) if rng.random() < 0.7 else Exposure(),
             gamma=sometimes(0.95, DISPLAY_GAMMA, 1.0),
             lamps=sometimes(0.3, rng.uniform(1, 6), 0.0),

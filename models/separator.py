@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dereflect.models import check_backends, hub, pictures, tiles
+from dereflect.models import check_backends, hub, pictures, tiles, views
 from dereflect.models.arch import create_model, list_models
 from dereflect.models.arch.whole import TURNS, Place, Turn, Whole, turned
 from dereflect.models.dsrnet_model_sirs import DSRNetModel
@@ -58,6 +58,8 @@ class Separator:
             than a quarter of a tile.
         self_ensemble: separate all eight flips and rotations of the image and take the mean.
         strength: how much of the reflection is removed, from 0 to 1: the transmission is I + strength * (T - I).
+        sizes: short sides, in pixels, the largest first, at which the network is shown an image (see `models.views`);
+            empty, or 0, for the image's own.
 
     Attributes:
         inet: the network's name, if `load_separator` has made this separator.
@@ -74,6 +76,7 @@ class Separator:
         overlap: int | None = None,
         self_ensemble: bool = False,
         strength: float = 1.0,
+        sizes: Sequence[int] = (),
         inet: str = "",
         epoch: int | None = None,
     ):
@@ -81,6 +84,7 @@ class Separator:
         self.device = next(model.parameters()).device
         self.tile, self.overlap = tile, overlap
         self.self_ensemble, self.strength = self_ensemble, strength
+        self.sizes = tuple(sizes)
         self.inet, self.epoch = inet, epoch
         self._bytes_per_pixel: float | None = None
         overlap_at_least = overlap or TILE_STRIDE
@@ -108,7 +112,8 @@ class Separator:
         Raises:
             UserError: huggingface_hub isn't installed, or the upload fails.
         """
-        about = {"format": FORMAT, "inet": self.inet} | ({} if self.epoch is None else {"epoch": self.epoch})
+        about = {"format": FORMAT, "inet": self.inet, "sizes": list(self.sizes)}
+        about |= {} if self.epoch is None else {"epoch": self.epoch}
         return hub.upload(repository, self.model.network.state_dict(), about, private)
 
     def __call__(self, image: Picture) -> Picture:
@@ -167,6 +172,34 @@ class Separator:
             As `models.tiles.blend`.
         """
         _check(image)
+        size = image.shape[:2]
+        sizes = views.sizes_of(self.sizes, *size)
+        if sizes == [size]:
+            yield from self._bands(image, wanted, watch)
+            return
+        found = [self._removed(views.shown(image, smaller), wanted, watch) for smaller in sizes]
+        for top in range(0, size[0], views.ROWS):
+            rows = slice(top, min(top + views.ROWS, size[0]))
+            bands = [
+                sum(views.enlarged(part, rows.start, rows.stop, size) for part in parts) / np.float32(len(sizes))
+                for parts in zip(*found, strict=True)
+            ]
+            pixels = _in_floats(image[rows])
+            yield top, [pixels - band if part == PARTS[0] else band for part, band in zip(wanted, bands, strict=True)]
+
+    def _removed(self, image: np.ndarray, wanted: Sequence[str], watch: Callable[[Iterable, int], Iterable]) -> list:
+        """The wanted parts of an image as it is, float32 (H, W, 3); of the transmission, what it is less."""
+        found = [np.empty(image.shape, np.float32) for _ in wanted]
+        for top, bands in self._bands(image, wanted, watch):
+            rows = slice(top, top + len(bands[0]))
+            for name, part, band in zip(wanted, found, bands, strict=True):
+                part[rows] = _in_floats(image[rows]) - band if name == PARTS[0] else band
+        return found
+
+    def _bands(
+        self, image: np.ndarray, wanted: Sequence[str], watch: Callable[[Iterable, int], Iterable]
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """As `bands`, of the image as it is."""
         height, width = size = image.shape[:2]
         tile = self.tile_for(height, width)
         overlap = self.overlap_for(height, width)
@@ -238,21 +271,16 @@ class Separator:
         ):
             pixels = _turned(_to_tensor(image[tuple(around)], self.device), turn)
             if whole is None:
-                outputs = self.predict_whole(pixels)
+                outputs = self._predict(pixels)
             else:
                 place = turned(place, *turn)
                 part = tuple(side.within(_MARGIN) for side in place)
                 with whole.tile(place):
-                    outputs = self.predict_whole(pixels, part)
+                    outputs = self._predict(pixels, part)
             return [_turned_back(output, turn) for output in outputs]
 
-    def predict_whole(self, images: Tensor, part: tuple[slice, slice] | None = None) -> tuple[Tensor, ...]:
-        """Separate (B, 3, H, W) in 0..1, on the separator's device, without tiles, at its strength.
-
-        Args:
-            images: the images.
-            part: as of `DSRNetModel.predict`.
-        """
+    def _predict(self, images: Tensor, part: tuple[slice, slice] | None = None) -> tuple[Tensor, ...]:
+        """What `DSRNetModel.predict` gives, at the separator's strength."""
         transmission, *rest = self.model.predict(images, part=part)
         images = images[(..., *part)] if part else images
         return images + self.strength * (transmission - images) if self.strength < 1 else transmission, *rest
@@ -268,6 +296,7 @@ def load_separator(
     overlap: int | None = None,
     self_ensemble: bool = False,
     strength: float = 1.0,
+    sizes: Sequence[int] | None = None,
 ) -> Separator:
     """Load a checkpoint, published or our own, for use; of our own the moving average, if there is one.
 
@@ -281,6 +310,7 @@ def load_separator(
             training, "fp32" if it is not recorded.
         gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
         tile, overlap, self_ensemble, strength: as of `Separator`.
+        sizes: as of `Separator`; None takes those that the checkpoint states, the image's own if it states none.
 
     Raises:
         UserError: there is no such checkpoint, it can't be read or doesn't fit, VGG19's weights are missing, or there
@@ -303,7 +333,10 @@ def load_separator(
     bf16 = wants_bf16(precision or recorded.get("precision", "fp32"), device)
     model = DSRNetModel(network, features, loss=None, bf16=bf16).to(device)
     epoch = rest.get("epoch")
-    return Separator(model, tile, overlap, self_ensemble, strength, name, epoch if isinstance(epoch, int) else None)
+    if sizes is None:
+        sizes = views.stated(rest)
+    settings = tile, overlap, self_ensemble, strength, sizes
+    return Separator(model, *settings, name, epoch if isinstance(epoch, int) else None)
 
 
 def remove_reflection(image: np.ndarray, checkpoint: str | Path | None = None, **settings) -> Separation:
@@ -360,9 +393,13 @@ def _check(image: np.ndarray) -> None:
 
 def _to_tensor(image: np.ndarray, device: torch.device) -> Tensor:
     """(H, W, 3) of any type to float32 (1, 3, H, W) in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(_in_floats(image).transpose(2, 0, 1)))[None].to(device)
+
+
+def _in_floats(image: np.ndarray) -> np.ndarray:
+    """Pixels of any type to float32 in 0..1."""
     peak = 1 if np.issubdtype(image.dtype, np.floating) else np.iinfo(image.dtype).max
-    pixels = np.divide(image, peak, dtype=np.float32, casting="same_kind")
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None].to(device)
+    return np.divide(image, peak, dtype=np.float32, casting="same_kind")
 
 
 def _turned(x: Tensor, turn: Turn) -> Tensor:

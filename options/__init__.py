@@ -113,7 +113,7 @@ def parse_evaluate(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def separator_settings(options: argparse.Namespace) -> dict[str, object]:
     """The arguments of `models.separator.load_separator`, from the options of infer.py, evaluate.py or app.py."""
-    names = ("inet", "vgg_weights", "precision", "gpu_ids", "tile", "overlap", "self_ensemble", "strength")
+    names = ("inet", "vgg_weights", "precision", "gpu_ids", "tile", "overlap", "self_ensemble", "strength", "sizes")
     return {name: getattr(options, name) for name in names if name in options}
 
 

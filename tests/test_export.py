@@ -152,6 +152,7 @@ def test_the_bundled_network_and_the_example_in_docs(tmp_path, monkeypatch, caps
     (["--to", "onnx", "-o", "x.pt2"], "must end in .onnx"),
     (["--to", "torch", "-o", "x.onnx"], "must end in .pt2"),
     (["--to", "onnx", "-o", "x.onnx", "--half"], "--half"),
+    (["--to", "onnx", "-o", "x.onnx", "--sizes", "480"], "--sizes"),
     (["-o", "x.safetensors", "--vgg_weights", "random"], "--vgg_weights"),
     (["another.pt", "--to", "onnx", "-o", "x.onnx"], "another.pt: several checkpoints"),
 ])  # fmt: skip

@@ -37,6 +37,9 @@ def test_draws_depend_on_the_generator_alone_and_stay_in_their_ranges():
     assert {g.mask.kind for g in glasses if g.mask} == {"grid", "half", "pane"}
     for share, chosen in ((0.3, "lamps"), (1 / 3, "ghost_strength"), (0.5, "mask")):
         assert abs(sum(bool(getattr(g, chosen)) for g in glasses) / len(glasses) - share) < 0.12
+    faded = [g.behind for g in glasses if g.behind.white < 1]
+    assert abs(len(faded) / len(glasses) - 0.35) < 0.12
+    assert all(min(b.black) > 0 and max(b.black) <= 0.35 and b.white >= 0.75 for b in faded)
     assert abs(sum(g.gamma > 1 for g in glasses) / len(glasses) - 0.95) < 0.05
     assert abs(sum(g.alpha < 1 for g in glasses) / len(glasses) - 0.75) < 0.12
 
@@ -61,6 +64,15 @@ def test_light_adds(layers):
     assert PLAIN.ratio <= ratio <= 1.35 * PLAIN.ratio  # a bit more over dark layers
     dimmed, whole, _ = physical.shine(t, r, dataclasses.replace(PLAIN, alpha=0.9))
     assert np.array_equal(whole, t) and (dimmed <= mixture).all()
+
+
+def test_a_faded_scene_is_what_is_behind_the_glass(layers):
+    t, r = layers
+    faded = Exposure(black=(0.1, 0.2, 0.3), white=0.9)
+    mixture, behind, _ = physical.shine(t, 0 * r, dataclasses.replace(PLAIN, behind=faded))
+    assert (behind >= np.float32([0.1, 0.2, 0.3]) - 1e-6).all() and behind.max() <= 0.9 + 1e-6
+    np.testing.assert_allclose(behind[..., 2], 0.3 + 0.6 * t[..., 2], atol=1e-6)
+    np.testing.assert_allclose(mixture, behind, atol=1e-5)
 
 
 def test_a_mask_confines_the_reflection(layers):

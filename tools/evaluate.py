@@ -159,11 +159,10 @@ def measure_set(
     from dereflect.util.progress import track
 
     native = protocol == "native"
-    predict = separator.predict if native else lambda image: separator.predict_whole(image.to(separator.device))
     distances: dict[str, dict] = {}
 
     def images() -> Iterator["Separated"]:
-        for one in separate_batches(track(loader, f"evaluating {name}", len(loader)), predict):
+        for one in separate_batches(track(loader, f"evaluating {name}", len(loader)), separator.predict):
             if lpips:  # not in a thread: LPIPS computes on the GPU
                 estimates = estimates_of(one, native, baselines)
                 distances[one.name] = {kind: {"LPIPS": lpips(e, pixels(one.target_t))} for kind, e in estimates.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:  # started as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dereflect.options.arguments import roles
+from dereflect.options.arguments import natural_int, roles
 from dereflect.options.parser import WHAT, Parser
 from dereflect.util.errors import UserError
 from dereflect.util.program import run
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "(default: safetensors)")  # fmt: skip
     parser.add_argument("--half", action="store_true", help="write 16-bit floating point numbers: half the size; for "
                         "safetensors alone")  # fmt: skip
+    parser.add_argument("--sizes", type=natural_int, nargs="+", metavar="PIXELS", help="short sides, the largest "
+                        "first, at which infer.py, evaluate.py and app.py are to show the network an image; for "
+                        "safetensors alone")  # fmt: skip
     parser.add_argument("--vgg_weights", metavar="imagenet|random|FILE", help="for onnx and torch, where the network "
                         "takes VGG19's features: their weights (default: those of the training)")  # fmt: skip
     options = parser.parse_args(argv)
@@ -52,23 +55,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"-o {options.output}: must end in {suffix}")
     if options.half and options.to != "safetensors":
         parser.error(f"--half: doesn't go with --to {options.to}, which is in float32")
+    if options.sizes and options.to != "safetensors":
+        parser.error(f"--sizes: doesn't go with --to {options.to}, whose programs take an image as it is")
     if options.vgg_weights and options.to == "safetensors":
         parser.error("--vgg_weights: only with --to onnx or torch")
     if len(options.checkpoint) > 1 and options.to != "safetensors":
         parser.error(f"{options.checkpoint[1]}: several checkpoints don't go with --to {options.to}; write their mean "
                      "to a .safetensors file first")  # fmt: skip
     if options.to == "safetensors":
-        print(export(options.checkpoint, options.output, options.half))
+        print(export(options.checkpoint, options.output, options.half, options.sizes))
     else:
         print(export_runnable(options.checkpoint[0], options.output, options.to, options.vgg_weights))
 
 
-def export(sources: Sequence[Path], target: Path, half: bool = False) -> str:
+def export(sources: Sequence[Path], target: Path, half: bool = False, sizes: Sequence[int] | None = None) -> str:
     """Write the mean of the checkpoints' weights, and what the last one says of its training; returns a line about it.
+
+    Args:
+        sources, target: the files.
+        half: write 16-bit numbers.
+        sizes: at which the network is to be shown images, see `models.views`; None for those that the last one states.
 
     Raises:
         UserError: one can't be read, is of no network here or of another than the first, or the file can't be written.
     """
+    from dereflect.models import views
     from dereflect.models.arch import create_model
     from dereflect.models.weights import architecture_of, load_weights
     from dereflect.util.run import checkpoint
@@ -86,7 +97,7 @@ def export(sources: Sequence[Path], target: Path, half: bool = False) -> str:
         rest = load_weights(network, content, str(source))
         for key, value in network.state_dict().items():
             state[key] = state.get(key, 0) + value.double() / len(sources)
-    about = {"format": checkpoint.FORMAT, "inet": name}
+    about = {"format": checkpoint.FORMAT, "inet": name, "sizes": list(sizes or views.stated(rest))}
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
         chosen = {key: value for key, value in rest["options"].items() if isinstance(key, str) and is_plain(value)}
