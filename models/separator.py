@@ -58,8 +58,8 @@ class Separator:
             than a quarter of a tile.
         self_ensemble: separate all eight flips and rotations of the image and take the mean.
         strength: how much of the reflection is removed, from 0 to 1: the transmission is I + strength * (T - I).
-        sizes: short sides, in pixels, the largest first, at which the network is shown an image (see `models.views`);
-            empty, or 0, for the image's own.
+        sizes: short sides, in pixels, the largest first, of the views that the network is shown of an image (see
+            `models.views`); empty, or 0, for the image as it is.
 
     Attributes:
         inet: the network's name, if `load_separator` has made this separator.
@@ -173,18 +173,18 @@ class Separator:
         """
         _check(image)
         size = image.shape[:2]
-        sizes = views.sizes_of(self.sizes, *size)
-        if sizes == [size]:
+        shown = views.views_of(self.sizes, *size)
+        if not shown:
             yield from self._bands(image, wanted, watch)
             return
-        found = [self._removed(views.shown(image, smaller), wanted, watch) for smaller in sizes]
+        found = [(view, self._removed(view.of(image), wanted, watch)) for view in shown]
         for top in range(0, size[0], views.ROWS):
-            rows = slice(top, min(top + views.ROWS, size[0]))
+            bottom = min(top + views.ROWS, size[0])
             bands = [
-                sum(views.enlarged(part, rows.start, rows.stop, size) for part in parts) / np.float32(len(sizes))
-                for parts in zip(*found, strict=True)
+                sum(view.back(parts[index], top, bottom, size) for view, parts in found) / np.float32(len(found))
+                for index in range(len(wanted))
             ]
-            pixels = _in_floats(image[rows])
+            pixels = _in_floats(image[top:bottom])
             yield top, [pixels - band if part == PARTS[0] else band for part, band in zip(wanted, bands, strict=True)]
 
     def _removed(self, image: np.ndarray, wanted: Sequence[str], watch: Callable[[Iterable, int], Iterable]) -> list:
@@ -310,7 +310,7 @@ def load_separator(
             training, "fp32" if it is not recorded.
         gpu_ids: as of `util.distributed.join`: None for a GPU if there is one, [] for the CPU.
         tile, overlap, self_ensemble, strength: as of `Separator`.
-        sizes: as of `Separator`; None takes those that the checkpoint states, the image's own if it states none.
+        sizes: as of `Separator`; None takes those that the checkpoint states, the image as it is if it states none.
 
     Raises:
         UserError: there is no such checkpoint, it can't be read or doesn't fit, VGG19's weights are missing, or there

@@ -1,36 +1,86 @@
-"""The sizes at which a network is shown an image that is larger than those it was trained with.
+"""The views of an image that a network is shown: smaller than the image is, at several sizes, every other one mirrored.
 
 A network knows reflections of the sizes that its training had, in pixels. In a photograph of 12 megapixels, all is ten
-times as large. So it is shown the photograph smaller, at several sizes, and the mean of what it takes away there,
-enlarged, is taken away from the photograph, whose own detail stays as it is.
+times as large. So it is shown the photograph smaller, and the mean of what it takes away from the views, enlarged, is
+taken away from the photograph, whose own detail stays as it is. What a network takes away depends a little on how an
+image is framed; the mean of several views depends less. A view's sides are multiples of 16, so that no edge is padded.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+from dereflect.options.arguments import STRIDE
+
 ROWS = 256
-"""Rows of the image that are enlarged at once."""
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
+"""Rows of the image that are put together at once."""
 
 
-def sizes_of(sides: Sequence[int], height: int, width: int) -> list[Size]:
-    """The sizes at which an image is shown.
+@dataclass(frozen=True)
+class View:
+    """How an image is shown.
+
+    Attributes:
+        height, width: in pixels.
+        mirrored: left to right.
+    """
+
+    height: int
+    width: int
+    mirrored: bool = False
+
+    def of(self, image: np.ndarray) -> np.ndarray:
+        """The view of an image, (H, W, 3) of any type; averaged over areas where it is smaller."""
+        if self.mirrored:
+            image = image[:, ::-1]
+        if image.shape[:2] == (self.height, self.width):
+            return image
+        if image.dtype == np.float16:  # OpenCV doesn't know it
+            image = image.astype(np.float32)
+        smaller = self.height <= image.shape[0] and self.width <= image.shape[1]
+        how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        return cv2.resize(np.ascontiguousarray(image), (self.width, self.height), interpolation=how)
+
+    def back(self, part: np.ndarray, top: int, bottom: int, size: tuple[int, int]) -> np.ndarray:
+        """What was found in the view, float32 (height, width, 3), as rows `top` to `bottom` of an image of `size`.
+
+        Bilinear between the middles of the pixels.
+        """
+        if self.mirrored:
+            part = part[:, ::-1]
+        if part.shape[:2] == size:
+            return part[top:bottom]
+        height, width = size
+        at = (np.arange(top, bottom, dtype=np.float64) + 0.5) * self.height / height - 0.5
+        at = at.clip(0, self.height - 1)
+        above = at.astype(np.int64)
+        below = np.minimum(above + 1, self.height - 1)
+        rows = part[above] + (at - above).astype(np.float32)[:, None, None] * (part[below] - part[above])
+        return cv2.resize(rows, (width, bottom - top), interpolation=cv2.INTER_LINEAR)
+
+
+def views_of(sides: Sequence[int], height: int, width: int) -> list[View]:
+    """The views of an image.
 
     Args:
-        sides: short sides in pixels, the largest first, of an image that is at least that large. A smaller one is
-            shown as it is instead, and at sizes that are as much smaller than that as the other sides are than the
-            first. Empty, or 0: the image as it is.
+        sides: short sides of the views in pixels, the largest first, of an image that is at least that large. A smaller
+            one is shown at its own size, and at sizes that are as much smaller as the other sides are than the first;
+            all to the nearest multiple of 16.
         height, width: of the image.
+
+    Returns:
+        The views; none, if there are no sides or the first is 0: the image is to be taken as it is.
     """
+    if not sides or not sides[0]:
+        return []
     short = min(height, width)
-    largest = min(sides[0], short) if sides and sides[0] else short
-    shares = [side / sides[0] for side in sides] if sides and sides[0] else [1.0]
-    scales = [largest * share / short for share in shares]
-    return [(max(round(scale * height), 1), max(round(scale * width), 1)) for scale in scales]
+    scales = [min(sides[0], short) / short * side / sides[0] for side in sides]
+    return [
+        View(*(max(round(scale * side / STRIDE), 1) * STRIDE for side in (height, width)), mirrored=number % 2 == 1)
+        for number, scale in enumerate(scales)
+    ]
 
 
 def stated(checkpoint: dict) -> list[int]:
@@ -38,25 +88,3 @@ def stated(checkpoint: dict) -> list[int]:
     sides = checkpoint.get("sizes")
     plain = isinstance(sides, list) and all(type(side) is int and side >= 0 for side in sides)
     return sides if plain else []
-
-
-def shown(image: np.ndarray, size: Size) -> np.ndarray:
-    """An image (H, W, 3) of any type at a size that is not larger, averaged over areas."""
-    if image.shape[:2] == size:
-        return image
-    if image.dtype == np.float16:  # OpenCV doesn't know it
-        image = image.astype(np.float32)
-    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
-
-
-def enlarged(part: np.ndarray, top: int, bottom: int, size: Size) -> np.ndarray:
-    """Rows `top` to `bottom` of `part`, float32 (h, w, 3), enlarged to `size`, bilinearly between pixels' middles."""
-    if part.shape[:2] == size:
-        return part[top:bottom]
-    height, width = size
-    at = (np.arange(top, bottom, dtype=np.float64) + 0.5) * part.shape[0] / height - 0.5
-    at = at.clip(0, part.shape[0] - 1)
-    above = at.astype(np.int64)
-    below = np.minimum(above + 1, part.shape[0] - 1)
-    rows = part[above] + (at - above).astype(np.float32)[:, None, None] * (part[below] - part[above])
-    return cv2.resize(rows, (width, bottom - top), interpolation=cv2.INTER_LINEAR)

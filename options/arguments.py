@@ -251,9 +251,9 @@ def add_tiles(parser: Parser) -> argparse._ArgumentGroup:
                        help="overlap of neighbouring tiles, a multiple of 32, at most half a tile "
                             "(default: 192 or a quarter of a tile)")  # fmt: skip
     group.add_argument("--sizes", type=natural_int, nargs="+", metavar="PIXELS",
-                       help="short sides, the largest first, at which the network is shown an image; the mean of what "
-                            "it takes away there is taken away; 0: the image's own (default: what the checkpoint "
-                            "states, else the image's own)")  # fmt: skip
+                       help="short sides, the largest first, of the views of an image that the network is shown; the "
+                            "mean of what it takes away from them is taken away; 0: the image as it is (default: what "
+                            "the checkpoint states, else 0)")  # fmt: skip
     group.add_argument("--strength", type=share, default=1.0, metavar="S",
                        help="how much of the reflection is removed, from 0 to 1: I + S (T - I)")  # fmt: skip
     group.add_argument("--self_ensemble", action="store_true",

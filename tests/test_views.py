@@ -1,4 +1,4 @@
-"""The sizes at which a network is shown an image: which they are, what comes of them, and where they are stated."""
+"""The views of an image that a network is shown: which they are, what comes of them, and where they are stated."""
 
 import cv2
 import numpy as np
@@ -33,23 +33,27 @@ class Veiled(nn.Module):
 
 
 @pytest.mark.parametrize(("sides", "image", "expected"), [
-    ((), (300, 400), [(300, 400)]),
-    ((0,), (300, 400), [(300, 400)]),
-    ((480,), (300, 400), [(300, 400)]),
-    ((480, 240), (300, 400), [(300, 400), (150, 200)]),
+    ((), (300, 400), []),
+    ((0,), (300, 400), []),
+    ((480,), (304, 400), [(304, 400)]),
+    ((480, 240), (300, 400), [(304, 400), (144, 192)]),
     ((480, 240), (3000, 4000), [(480, 640), (240, 320)]),
     ((480, 240), (4000, 3000), [(640, 480), (320, 240)]),
-    ((480, 240), (1, 9000), [(1, 9000), (1, 4500)]),
+    ((480, 240), (1, 9000), [(16, 8992), (16, 4496)]),
 ])  # fmt: skip
-def test_small_images_are_shown_as_they_are_and_large_ones_smaller(sides, image, expected):
-    assert views.sizes_of(sides, *image) == expected
+def test_small_images_are_shown_as_large_as_they_are_and_large_ones_smaller(sides, image, expected):
+    found = views.views_of(sides, *image)
+    assert [(view.height, view.width) for view in found] == expected
+    assert [view.mirrored for view in found] == [False, True][: len(found)]
 
 
-@pytest.mark.parametrize("size", [(200, 301), (57, 40), (64, 1000)])
-def test_bands_are_parts_of_the_enlarged_whole(size):
+@pytest.mark.parametrize("size", [(200, 301), (57, 40), (64, 1000), (50, 38)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_bands_are_parts_of_the_whole(size, mirrored):
     part = np.random.default_rng(0).random((57, 40, 3), dtype=np.float32)
-    whole = cv2.resize(part, size[::-1], interpolation=cv2.INTER_LINEAR)
-    bands = [views.enlarged(part, top, min(top + 17, size[0]), size) for top in range(0, size[0], 17)]
+    view = views.View(57, 40, mirrored)
+    whole = cv2.resize(part[:, ::-1] if mirrored else part, size[::-1], interpolation=cv2.INTER_LINEAR)
+    bands = [view.back(part, top, min(top + 17, size[0]), size) for top in range(0, size[0], 17)]
     np.testing.assert_allclose(np.concatenate(bands), whole, atol=2e-5)
 
 
@@ -60,26 +64,29 @@ def test_what_is_taken_away_is_enlarged_and_the_detail_stays(dtype):
     image = (values * peak).astype(dtype)
     model = Veiled()
     found = Separator(model, sizes=SIDES).separate(image)
-    assert model.seen == [(134, 96), (90, 64)]
+    assert model.seen == [(128, 96), (96, 64)]
     mean = values.mean((0, 1))
     np.testing.assert_allclose(found.reflection, np.broadcast_to(mean / 2, image.shape), atol=0.01)
     np.testing.assert_allclose(image.astype(float) / peak - found.transmission, found.reflection, atol=1e-5)
     assert not found.residue.any()
 
 
-def test_the_mean_of_what_both_sizes_take_away():
+def test_the_mean_of_what_is_taken_away_from_both_views():
     image = np.random.default_rng(0).random((300, 200, 3), dtype=np.float32)
     image = cv2.GaussianBlur(image, (0, 0), 3)
     model = Local()
-    one, two = (Separator(model, sizes=[side]).separate(image).transmission for side in SIDES)
+    first = Separator(model, sizes=SIDES[:1]).separate(image).transmission
+    second = Separator(model, sizes=SIDES[1:]).separate(image[:, ::-1]).transmission[:, ::-1]
     both = Separator(model, sizes=SIDES).separate(image).transmission
-    np.testing.assert_allclose(both, (one + two) / 2, atol=1e-6)
+    np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
 
 
-def test_an_image_that_is_small_enough_is_separated_as_without_sizes(pixels):
+def test_a_view_of_the_images_own_size_is_the_image(pixels):
+    image = cv2.resize(pixels, (64, 48))
     model = Local()
-    alone, shown = (Separator(model, sizes=sides).separate(pixels) for sides in ((), (max(pixels.shape),)))
-    assert np.array_equal(alone.transmission, shown.transmission)
+    alone, shown = (Separator(model, sizes=sides).separate(image) for sides in ((), (64,)))
+    np.testing.assert_allclose(alone.transmission, shown.transmission, atol=1e-6)
+    np.testing.assert_allclose(alone.reflection, shown.reflection, atol=1e-6)
 
 
 @pytest.mark.parametrize("stated", [None, "480", [480, "340"], [True], [-1], 480, [1.5]])
