@@ -412,6 +412,9 @@ def add_measuring(parser: Parser) -> None:
     group.add_argument("--clean", type=Path, metavar="DIR",
                        help="also separate the photographs in this folder, which have no reflection: what comes out "
                             "should be what went in")  # fmt: skip
+    group.add_argument("--silence", metavar="PATTERN",
+                       help="set the parameters to 0 whose names match, such as '*.attend.widen.weight', to see what "
+                            "they are good for")  # fmt: skip
     group.add_argument("--max_dataset_size", type=positive_int, metavar="N",
                        help="use at most N pairs of each set")  # fmt: skip
     group.add_argument("--eval_batch", type=positive_int, default=1, metavar="N",

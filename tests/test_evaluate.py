@@ -120,6 +120,16 @@ def test_native_protocol_measures_what_is_saved(small, finished, tmp_path, monke
         assert float(row["PSNR_joint"]) == pytest.approx(joint, abs=1e-4)  # of float32 images
 
 
+def test_parameters_that_are_silenced(small, finished, tmp_path, capsys):
+    assert run(small, finished, "-o", tmp_path / "whole") == 0
+    assert run(small, finished, "-o", tmp_path / "part", "--silence", "unet.*") == 0
+    assert re.search(r"\d+ of \d+ parameters set to 0", capsys.readouterr().out)
+    whole, part = ([row["PSNR"] for row in rows_of(tmp_path / name / "per_image.csv")] for name in ("whole", "part"))
+    assert len(whole) == len(part) == 4 and whole != part
+    assert run(small, finished, "--silence", "nothing.*") == 2
+    assert "--silence nothing.*: no parameter of dsrnet_s has such a name" in capsys.readouterr().err
+
+
 def test_several_checkpoints_and_lpips(small, finished, tmp_path, monkeypatch):
     class Distance(torch.nn.Module):
         def __init__(self, net, verbose):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dereflect.data.folders import PHOTOGRAPHS
+from dereflect.data.folders import LAYERS, PHOTOGRAPHS
 from dereflect.tools import prepare_data
+from dereflect.tools.preparation import kinds
 from dereflect.util import program
 from dereflect.util.images import read_image, write_image
 from dereflect.util.published import REAL20
@@ -286,3 +287,38 @@ def test_real20_has_a_short_side_of_420(tmp_path, capsys):
     capsys.readouterr()
     assert program.run(prepare_data.main, ["real20", str(tmp_path / "in"), "--base_dir", str(tmp_path / "other")]) == 2
     assert "3.png" in errors(capsys) and not (tmp_path / "other").exists()
+
+
+# ---- kinds ------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_sets_of_one_reflection_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kinds, "SIDE", 64)
+    for seed in range(3):
+        put(tmp_path / f"in/{seed}.png", picture(seed, 80, 120) // 2)
+    arguments = ["kinds", str(tmp_path / "in"), "--base_dir", str(tmp_path / "one")]
+    assert program.run(prepare_data.main, arguments) == 0
+    assert program.run(prepare_data.main, [*arguments[:-1], str(tmp_path / "two")]) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two"), "the same every time"
+    for kind in kinds.KINDS:
+        folder = tmp_path / "one/test" / kind
+        added = []
+        for name in [f"{seed}_{turn}.png" for seed in range(3) for turn in range(kinds.EACH)]:
+            mixture, t, _ = (read_image(folder / layer / name) for layer in LAYERS)
+            assert mixture.shape == (64, 64, 3) and (mixture >= t - 0.01).all(), "light only adds"
+            added.append(mixture - t)
+        assert np.mean(added) > 0.02
+        if kind in {"half", "half_soft", "pane"}:
+            assert all((each < 0.01).mean() > 0.1 for each in added), "a part has no reflection"
+    assert program.run(prepare_data.main, arguments) == 2
+    assert "sharp: exists already" in errors(capsys)
+
+
+@pytest.mark.parametrize(
+    ("count", "height", "told"), [(1, 500, "two are needed"), (2, 100, "both sides must have 384")]
+)
+def test_photographs_that_cannot_be_mixed_are_told(tmp_path, capsys, count, height, told):
+    for seed in range(count):
+        put(tmp_path / f"in/{seed}.png", picture(seed, height, 500))
+    assert program.run(prepare_data.main, ["kinds", str(tmp_path / "in"), "--base_dir", str(tmp_path / "out")]) == 2
+    assert told in errors(capsys) and not (tmp_path / "out").exists()

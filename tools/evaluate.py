@@ -10,6 +10,7 @@ share of images whose PSNR_joint falls by more than 0.1 dB; median_gain is of PS
 stand two changes that cost nothing: a network that doesn't beat them has learnt to darken.
 """
 
+import fnmatch
 import functools
 import json
 import statistics
@@ -98,6 +99,8 @@ def evaluate(options: Namespace) -> None:
     lpips = None
     for checkpoint in options.checkpoints:
         separator = load_separator(checkpoint, **separator_settings(options))
+        if options.silence:
+            silence(separator, options.silence)
         if not lines:
             lpips, missing = load_lpips(separator.device)
             warnings += [missing] if missing else []
@@ -140,6 +143,21 @@ def doubts(counts: Mapping[str, int], protocol: str) -> list[str]:
     if protocol == "native":
         warnings.append("WARNING: the published figures were measured by --protocol published, these were not.")
     return warnings
+
+
+def silence(separator: "Separator", pattern: str) -> None:
+    """Set the network's parameters to 0 whose names match, to see what they are good for.
+
+    Raises:
+        UserError: there are none.
+    """
+    parameters = dict(separator.model.network.named_parameters())
+    names = fnmatch.filter(parameters, pattern)
+    if not names:
+        raise UserError(f"--silence {pattern}: no parameter of {separator.inet} has such a name, as {min(parameters)}")
+    for name in names:
+        parameters[name].data.zero_()
+    print(f"{len(names)} of {len(parameters)} parameters set to 0")
 
 
 def measure_set(

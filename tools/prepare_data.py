@@ -5,6 +5,8 @@
     python tools/prepare_data.py check dataset/reflection-removal --published
     python tools/prepare_data.py voc VOCdevkit/VOC2012/JPEGImages   stock Pascal VOC to train on
     python tools/prepare_data.py real20 real20                     stock Real20 to test on
+    python tools/prepare_data.py kinds photographs --base_dir kinds
+                                                   mixtures of one kind of reflection each: sharp, soft, half a pane ...
 
 A broken-off download goes on where it stopped, and so do voc and real20.
 """
@@ -43,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         download(options.url, options.file)
     else:
         from dereflect.tools.preparation import convert
+        from dereflect.tools.preparation.kinds import kinds
 
-        {"voc": convert.voc, "real20": convert.real20}[options.command](options.source, options.base_dir)
+        {"voc": convert.voc, "real20": convert.real20, "kinds": kinds}[options.command](
+            options.source, options.base_dir
+        )
     return 0
 
 
@@ -71,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("real20", help="pairs into pairs whose short side is 420 pixels")
     add.add_argument("source", type=Path, metavar="DIR", help="folder of blended and transmission_layer")
+    _add_base_dir(add)
+
+    add = commands.add_parser("kinds", help="photographs into mixtures of one kind of reflection each, to test on")
+    add.add_argument("source", type=Path, metavar="DIR", help="folder of photographs without reflections")
     _add_base_dir(add)
 
     add = commands.add_parser("download", help="the archive of all sets by DSRNet's authors")
