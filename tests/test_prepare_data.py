@@ -314,9 +314,7 @@ def test_kinds_are_sets_of_one_reflection_each(tmp_path, monkeypatch, capsys):
     assert "sharp: exists already" in errors(capsys)
 
 
-@pytest.mark.parametrize(
-    ("count", "height", "told"), [(1, 500, "two are needed"), (2, 100, "both sides must have 384")]
-)
+@pytest.mark.parametrize(("count", "height", "told"), [(1, 500, "two are needed"), (2, 100, "sides must have 320")])
 def test_photographs_that_cannot_be_mixed_are_told(tmp_path, capsys, count, height, told):
     for seed in range(count):
         put(tmp_path / f"in/{seed}.png", picture(seed, height, 500))
