@@ -112,7 +112,7 @@ class Separator:
         Raises:
             UserError: huggingface_hub isn't installed, or the upload fails.
         """
-        about = {"format": FORMAT, "inet": self.inet, "sizes": list(self.sizes)}
+        about = {"format": FORMAT, "inet": self.inet, "options": {"sizes": list(self.sizes)}}
         about |= {} if self.epoch is None else {"epoch": self.epoch}
         return hub.upload(repository, self.model.network.state_dict(), about, private)
 

@@ -84,7 +84,8 @@ def views_of(sides: Sequence[int], height: int, width: int) -> list[View]:
 
 
 def stated(checkpoint: dict) -> list[int]:
-    """The sides that a checkpoint's content states under "sizes", as `tools/export.py --sizes` writes them, or none."""
-    sides = checkpoint.get("sizes")
+    """The sides that a checkpoint states among the options of its training, `--sizes`, or none."""
+    options = checkpoint.get("options")
+    sides = options.get("sizes") if isinstance(options, dict) else None
     plain = isinstance(sides, list) and all(type(side) is int and side >= 0 for side in sides)
     return sides if plain else []

@@ -271,6 +271,9 @@ def add_model(parser: Parser) -> None:
            help="file of models/ with the training step (a function build)")  # fmt: skip
     option(group, WHAT, "--loss", type=module_of("models"), default="losses", metavar="MODULE",
            help="file of models/ with the losses (a class ReflectionLoss)")  # fmt: skip
+    option(group, WHAT, "--sizes", type=natural_int, nargs="+", metavar="PIXELS",
+           help="recorded in the checkpoints: short sides of the views of an image that infer.py, evaluate.py and "
+                "app.py are to show the network; the training's own evaluation takes images as they are")  # fmt: skip
     option(group, WHAT, "--vgg_weights", default="imagenet", metavar="imagenet|random|FILE",
            help="VGG19's weights: imagenet: torchvision's, downloaded once; random: only to try things out; "
                 "or a file")  # fmt: skip

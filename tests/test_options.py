@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dereflect import options
+from dereflect.models.separator import load_separator
 from dereflect.options import as_text, parse_train, presets
 from dereflect.options.arguments import roles, train_parser
 from dereflect.options.config import RECORDED
@@ -128,6 +129,7 @@ def test_presets_of_the_demo_and_of_the_bundled_weights(tmp_path):
     assert demo["demo"] and demo["weight_path"] is None and demo["lr"] == 1e-3
     bundled = vars(parse_train(["--config", "demo-bundled"]))
     assert bundled["weight_path"] == options.PRETRAINED and bundled["lambda_l1"] == 0.6
+    assert bundled["sizes"] == list(load_separator(gpu_ids=[]).sizes), "so that what goes on from them is used alike"
     (tmp_path / "dataset/reflection-removal").rmdir()
     assert {k for k, v in vars(parse_train(["--inet", "madsrnet_xs"])).items() if v != bundled[k]} == {"config"}
     assert parse_train(["--config", "bundled", "--base_dir", "."]).synthesis == "physical"

@@ -91,7 +91,7 @@ def test_a_view_of_the_images_own_size_is_the_image(pixels):
 
 @pytest.mark.parametrize("stated", [None, "480", [480, "340"], [True], [-1], 480, [1.5]])
 def test_checkpoints_that_state_anything_else_state_none(stated):
-    assert views.stated({"sizes": stated}) == [] == views.stated({})
+    assert views.stated({"options": {"sizes": stated}}) == [] == views.stated({}) == views.stated({"options": None})
 
 
 def test_weights_state_the_sizes_and_the_programs_take_them(tmp_path, pixels):

@@ -79,7 +79,6 @@ def export(sources: Sequence[Path], target: Path, half: bool = False, sizes: Seq
     Raises:
         UserError: one can't be read, is of no network here or of another than the first, or the file can't be written.
     """
-    from dereflect.models import views
     from dereflect.models.arch import create_model
     from dereflect.models.weights import architecture_of, load_weights
     from dereflect.util.run import checkpoint
@@ -97,11 +96,13 @@ def export(sources: Sequence[Path], target: Path, half: bool = False, sizes: Seq
         rest = load_weights(network, content, str(source))
         for key, value in network.state_dict().items():
             state[key] = state.get(key, 0) + value.double() / len(sources)
-    about = {"format": checkpoint.FORMAT, "inet": name, "sizes": list(sizes or views.stated(rest))}
+    about = {"format": checkpoint.FORMAT, "inet": name}
     about |= {key: rest[key] for key in ("epoch", "global_step") if isinstance(rest.get(key), int)}
     if isinstance(rest.get("options"), dict):
         chosen = {key: value for key, value in rest["options"].items() if isinstance(key, str) and is_plain(value)}
         about["options"] = {key: value for key, value in chosen.items() if roles().get(key) is WHAT}
+    if sizes:
+        about["options"] = about.get("options", {}) | {"sizes": list(sizes)}
     state = {key: value.half() if half else value.float() for key, value in state.items()}
     checkpoint.save_weights(state, about, target)
     return f"{target}: {name}, {target.stat().st_size / 1e6:.1f} MB"
