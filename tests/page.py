@@ -33,7 +33,7 @@ class Mirror:
             yield 0, [parts[name] for name in wanted]
 
 def load_separator(checkpoint, inet=None, vgg_weights=None, precision="auto", gpu_ids=None, tile=None, overlap=None,
-                   self_ensemble=False, strength=1.0):
+                   self_ensemble=False, strength=1.0, sizes=None):
     loaded.append((checkpoint.parent.name, precision, tile, inet, strength))
     if "damaged" in str(checkpoint):
         raise UserError("damaged/best.pt: not a checkpoint")
