@@ -33,15 +33,13 @@ class View:
 
     def of(self, image: np.ndarray) -> np.ndarray:
         """The view of an image, (H, W, 3) of any type; averaged over areas where it is smaller."""
-        if self.mirrored:
-            image = image[:, ::-1]
-        if image.shape[:2] == (self.height, self.width):
-            return image
-        if image.dtype == np.float16:  # OpenCV doesn't know it
-            image = image.astype(np.float32)
-        smaller = self.height <= image.shape[0] and self.width <= image.shape[1]
-        how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-        return cv2.resize(np.ascontiguousarray(image), (self.width, self.height), interpolation=how)
+        if image.shape[:2] != (self.height, self.width):
+            if image.dtype == np.float16:  # OpenCV doesn't know it
+                image = image.astype(np.float32)
+            smaller = self.height <= image.shape[0] and self.width <= image.shape[1]
+            how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+            image = cv2.resize(np.ascontiguousarray(image), (self.width, self.height), interpolation=how)
+        return image[:, ::-1] if self.mirrored else image
 
     def back(self, part: np.ndarray, top: int, bottom: int, size: tuple[int, int]) -> np.ndarray:
         """What was found in the view, float32 (height, width, 3), as rows `top` to `bottom` of an image of `size`.
