@@ -54,6 +54,9 @@ def train(options) -> int:
         count = sum(parameter.numel() for parameter in engine.network.parameters())
         processes = f", {world.size} processes" if world.size > 1 else ""
         log(f"{options.inet}: {count:,} parameters, {'bf16' if bf16 else 'fp32'} on {world.device}{processes}")
+        if options.sizes:
+            sides = ", ".join(map(str, options.sizes))
+            log(f"its checkpoints state views of {sides} pixels; evaluation here takes images as they are")
         if options.resume and world.share(folder.can_resume()):
             for line in engine.resume():
                 log(line)
