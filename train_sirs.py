@@ -28,6 +28,7 @@ def train(options) -> int:
     from dereflect import models
     from dereflect.data import build_loaders
     from dereflect.engine import Engine
+    from dereflect.models import views
     from dereflect.models.arch import list_models
     from dereflect.util.device import keep_freed_memory, set_deterministic, wants_bf16
     from dereflect.util.distributed import join
@@ -38,6 +39,7 @@ def train(options) -> int:
         return 0
     if options.inet not in list_models():
         raise UserError(f"--inet {options.inet}: there is no such model; there are {', '.join(list_models())}")
+    views.check(options.sizes or ())
     world = join(options.gpu_ids)
     log = print if world.is_main else lambda *_: None
     choose_backends(options, world)

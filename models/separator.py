@@ -66,7 +66,7 @@ class Separator:
         epoch: the training's epoch that the checkpoint states, or None.
 
     Raises:
-        UserError: tile or overlap is not allowed.
+        UserError: tile, overlap or sizes are not allowed.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Separator:
         self.tile, self.overlap = tile, overlap
         self.self_ensemble, self.strength = self_ensemble, strength
         self.sizes = tuple(sizes)
+        views.check(self.sizes)
         self.inet, self.epoch = inet, epoch
         self._bytes_per_pixel: float | None = None
         overlap_at_least = overlap or TILE_STRIDE

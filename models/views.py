@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from dereflect.options.arguments import STRIDE
+from dereflect.util.errors import UserError
 
 ROWS = 256
 """Rows of the image that are put together at once."""
@@ -57,6 +58,16 @@ class View:
         below = np.minimum(above + 1, self.height - 1)
         rows = part[above] + (at - above).astype(np.float32)[:, None, None] * (part[below] - part[above])
         return cv2.resize(rows, (width, bottom - top), interpolation=cv2.INTER_LINEAR)
+
+
+def check(sides: Sequence[int]) -> None:
+    """See whether these can be sides of views.
+
+    Raises:
+        UserError: one is larger than the one before, or 0 beside others.
+    """
+    if list(sides) != sorted(sides, reverse=True) or (len(sides) > 1 and 0 in sides):
+        raise UserError(f"--sizes {' '.join(map(str, sides))}: the largest first, and 0 only by itself")
 
 
 def views_of(sides: Sequence[int], height: int, width: int) -> list[View]:

@@ -11,6 +11,7 @@ from dereflect.models.arch import create_model
 from dereflect.models.separator import Separator, load_separator
 from dereflect.tools import export, infer
 from dereflect.util import program
+from dereflect.util.errors import UserError
 from dereflect.util.images import read_image, write_image
 from tests.helpers import Local
 
@@ -87,6 +88,12 @@ def test_a_view_of_the_images_own_size_is_the_image(pixels):
     alone, shown = (Separator(model, sizes=sides).separate(image) for sides in ((), (64,)))
     np.testing.assert_allclose(alone.transmission, shown.transmission, atol=1e-6)
     np.testing.assert_allclose(alone.reflection, shown.reflection, atol=1e-6)
+
+
+@pytest.mark.parametrize("sides", [(336, 480), (480, 0), (0, 0)])
+def test_sides_that_make_no_sense_are_refused(sides):
+    with pytest.raises(UserError, match=r"--sizes .*: the largest first, and 0 only by itself"):
+        Separator(Local(), sizes=sides)
 
 
 @pytest.mark.parametrize("stated", [None, "480", [480, "340"], [True], [-1], 480, [1.5]])

@@ -77,8 +77,10 @@ def export(sources: Sequence[Path], target: Path, half: bool = False, sizes: Seq
         sizes: at which the network is to be shown images, see `models.views`; None for those that the last one states.
 
     Raises:
-        UserError: one can't be read, is of no network here or of another than the first, or the file can't be written.
+        UserError: one can't be read, is of no network here or of another than the first, the sizes are not
+            allowed, or the file can't be written.
     """
+    from dereflect.models import views
     from dereflect.models.arch import create_model
     from dereflect.models.weights import architecture_of, load_weights
     from dereflect.util.run import checkpoint
@@ -102,6 +104,7 @@ def export(sources: Sequence[Path], target: Path, half: bool = False, sizes: Seq
         chosen = {key: value for key, value in rest["options"].items() if isinstance(key, str) and is_plain(value)}
         about["options"] = {key: value for key, value in chosen.items() if roles().get(key) is WHAT}
     if sizes:
+        views.check(sizes)
         about["options"] = about.get("options", {}) | {"sizes": list(sizes)}
     state = {key: value.half() if half else value.float() for key, value in state.items()}
     checkpoint.save_weights(state, about, target)
